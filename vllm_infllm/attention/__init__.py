@@ -1,0 +1,1 @@
+"""The attention backend: metadata, layer implementation and rotary tables."""

@@ -1,0 +1,153 @@
+"""The plugin's configuration: `--additional-config '{"infllm": {...}}'`."""
+
+import difflib
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vllm_infllm.memory.geometry import Geometry
+
+KEY = "infllm"
+DEFAULT_BLOCK_SIZE = 128
+
+_NonNegative = Annotated[int, Field(ge=0)]
+_Positive = Annotated[int, Field(gt=0)]
+
+
+class ConfigError(ValueError):
+    """A flag or field that InfLLM cannot work with; the message names it, its value and the remedy."""
+
+
+class InfLLMConfig(BaseModel):
+    """Effective configuration. Sizes are in tokens; names and defaults follow the paper (section 4.1)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    n_init: _NonNegative = 128
+    """Initial tokens, attended by every query; a multiple of the block size."""
+    n_local: _Positive = 4096
+    """Sliding window; a multiple of the block size."""
+    topk: _NonNegative = 16
+    """Units retrieved for each execution block; 0 attends to the window and the initial tokens only."""
+    repr_topk: _Positive = 4
+    """Representative tokens of a unit."""
+    exc_block_size: _Positive = 512
+    """Queries that share one retrieval during prefill; at most n_local."""
+    max_cached_blocks: _NonNegative = 0
+    """Retrieved units of a request that stay resident in its own KV blocks; 0 reads the host store in place."""
+    cache_strategy: Literal["lru", "fifo", "lru-s"] = "lru"
+    """Which resident unit leaves first: least recently used, first in, or least decayed attention mass."""
+    score_decay: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Decay of the attention mass of `lru-s` for each execution block."""
+    host_memory_gib: Annotated[float, Field(gt=0)] | None = None
+    """Host memory for units; by default what is free at startup, less a reserve."""
+    block_size: _Positive = DEFAULT_BLOCK_SIZE
+    """Unit size: vLLM's --block-size. Not a key of its own."""
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(self.block_size, self.n_init, self.n_local, self.exc_block_size)
+
+    @property
+    def kept_blocks(self) -> int:
+        """Leading KV blocks that a request keeps for life: its first block names the request to the worker."""
+        return 1
+
+
+def resolve(user: Any, block_size: int, trained_len: int) -> InfLLMConfig:
+    """Check what the user wrote and fill in defaults that fit the model.
+
+    Args:
+        user: the value under "infllm" in --additional-config.
+        block_size: vLLM's block size in tokens.
+        trained_len: context length that the model was trained for, in tokens.
+
+    Raises:
+        ConfigError: naming the field, its value and what to do.
+    """
+    given = _checked_keys(user)
+    config = _fitted(_parse({**given, "block_size": block_size}), given, trained_len)
+    _check_sizes(config, trained_len)
+    return config
+
+
+def explain_shrinking(config: InfLLMConfig, user: dict[str, Any]) -> str:
+    """What of the defaults was shrunk to fit the model, for the startup line; empty if nothing was."""
+    names = [n for n in ("n_init", "n_local", "exc_block_size") if n not in user]
+    fields = InfLLMConfig.model_fields
+    shrunk = [
+        f"{n} {fields[n].default} -> {getattr(config, n)}" for n in names if getattr(config, n) != fields[n].default
+    ]
+    return ", ".join(shrunk)
+
+
+def _checked_keys(user: Any) -> dict[str, Any]:
+    if not isinstance(user, dict):
+        raise ConfigError(f'--additional-config "{KEY}" must be a JSON object like {{"topk": 16}}, not {user!r}.')
+    known = [name for name in InfLLMConfig.model_fields if name != "block_size"]
+    for key in user:
+        if key == "block_size":
+            raise ConfigError(f"{_field(key, user[key])}: the unit size is vLLM's own; set --block-size instead.")
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f'Did you mean "{close[0]}"? ' if close else ""
+            raise ConfigError(f"{_field(key, user[key])}: unknown field. {hint}Known fields: {', '.join(known)}.")
+    return dict(user)
+
+
+def _parse(values: dict[str, Any]) -> InfLLMConfig:
+    try:
+        return InfLLMConfig(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        reason = first["msg"][0].lower() + first["msg"][1:]
+        raise ConfigError(f"{_field(name, first['input'])}: {reason}.") from None
+
+
+def _span(config: InfLLMConfig) -> int:
+    """Tokens that the model must have been trained for: window, initial tokens, a unit and an execution block."""
+    return config.n_init + config.n_local + config.block_size + config.exc_block_size
+
+
+def _fitted(config: InfLLMConfig, given: dict[str, Any], trained_len: int) -> InfLLMConfig:
+    """Adapt what was not given: the largest default window that fits the trained length, and sizes that divide."""
+    block = config.block_size
+    n_init = config.n_init if "n_init" in given else -(-config.n_init // block) * block
+    windows = [config.n_local] if "n_local" in given else range(config.n_local // block * block, 0, -block)
+    candidate = config
+    for n_local in windows:
+        exc = config.exc_block_size if "exc_block_size" in given else min(config.exc_block_size, n_local)
+        candidate = config.model_copy(update={"n_init": n_init, "n_local": n_local, "exc_block_size": exc})
+        if _span(candidate) <= trained_len:
+            break
+    return candidate
+
+
+def _check_sizes(config: InfLLMConfig, trained_len: int) -> None:
+    for name in ("n_init", "n_local"):
+        value = getattr(config, name)
+        if value % config.block_size:
+            raise ConfigError(
+                f"{_field(name, value)} is not a multiple of --block-size {config.block_size}: "
+                f"use {value // config.block_size * config.block_size or config.block_size}, or another --block-size."
+            )
+    if config.exc_block_size > config.n_local:
+        raise ConfigError(
+            f"{_field('exc_block_size', config.exc_block_size)} is larger than n_local {config.n_local}: "
+            "lower exc_block_size or raise n_local."
+        )
+    if config.repr_topk > config.block_size:
+        raise ConfigError(
+            f"{_field('repr_topk', config.repr_topk)} is larger than --block-size {config.block_size}: lower repr_topk."
+        )
+    if _span(config) > trained_len:
+        raise ConfigError(
+            f"{_field('n_local', config.n_local)}: n_init {config.n_init} + n_local {config.n_local} + --block-size "
+            f"{config.block_size} + exc_block_size {config.exc_block_size} = {_span(config)} tokens are more than "
+            f"the {trained_len} that the model was trained for: lower n_local, exc_block_size or --block-size."
+        )
+
+
+def _field(name: str, value: Any) -> str:
+    return f'--additional-config "{KEY}": {name}={value!r}'

@@ -1,0 +1,1 @@
+"""Where the data of InfLLM lives: token geometry, block manager, unit pool, host store, connector."""

@@ -1,0 +1,165 @@
+"""Carries unit ids and admissions from the block manager to the worker: a KV connector of vLLM.
+
+Scheduler side: collects what the manager did in a step. Worker side: allocates the layers' memory, keeps the table
+of requests, and completes the attention metadata into the step's plan before the first layer runs.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    SupportsHMA,
+)
+
+from vllm_infllm.attention.metadata import InfLLMMetadata
+from vllm_infllm.config import KEY, InfLLMConfig
+from vllm_infllm.memory.manager import InfLLMManager, InfLLMSpec
+from vllm_infllm.memory.requests import RequestMemory, RequestTable
+from vllm_infllm.memory.store import LayerMemory
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.request import Request
+
+NAME = "InfLLMConnector"
+REPORT = "infllm_report"
+"""Key of a request's kv_transfer_params that asks for its memory use in the response."""
+
+
+@dataclass
+class Admission:
+    """A request that starts, or starts again after preemption."""
+
+    first_block: int
+    prompt_len: int
+    outgrows_window: bool
+
+
+@dataclass
+class GroupUpdate:
+    """What happened to one KV cache group in a step."""
+
+    admissions: list[Admission]
+    new_units: list[tuple[int, list[int]]]
+    """(first block of the request, unit ids it was given)."""
+
+
+@dataclass
+class InfLLMConnectorMetadata(KVConnectorMetadata):
+    groups: dict[int, GroupUpdate]
+
+
+class InfLLMConnector(KVConnectorBase_V1, SupportsHMA):
+    """One instance on the scheduler, one on the worker; `role` tells which."""
+
+    def __init__(self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig") -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self.config = InfLLMConfig(**vllm_config.additional_config[KEY])
+        self.max_model_len = vllm_config.model_config.max_model_len
+        self._managers: dict[int, InfLLMManager] = {}
+        self._admitted: list[Request] = []
+        self._requests: dict[int, RequestTable] = {}
+        self._group_of_layer: dict[str, int] = {}
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        return False  # nothing leaves this engine
+
+    # ---- scheduler side -------------------------------------------------------------------------------------------
+
+    def bind_kv_cache_manager(self, kv_cache_manager: "KVCacheManager") -> None:
+        super().bind_kv_cache_manager(kv_cache_manager)
+        managers = enumerate(kv_cache_manager.coordinator.single_type_managers)
+        self._managers = {group: manager for group, manager in managers if isinstance(manager, InfLLMManager)}
+
+    def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int, bool]:
+        return 0, False
+
+    def update_state_after_alloc(
+        self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int
+    ) -> None:
+        self._admitted.append(request)
+
+    def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> InfLLMConnectorMetadata:
+        # The plan must be complete before the forward pass, not beside it.
+        scheduler_output.has_sync_kv_loads = True
+        admitted, self._admitted = self._admitted, []
+        groups = {}
+        for group, manager in self._managers.items():
+            groups[group] = GroupUpdate(
+                admissions=[self._admission(request, manager) for request in admitted],
+                new_units=[(manager.first_block(r), units) for r, units in manager.take_new_units().items()],
+            )
+        return InfLLMConnectorMetadata(groups)
+
+    def _admission(self, request: "Request", manager: InfLLMManager) -> Admission:
+        longest = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+        return Admission(
+            first_block=manager.first_block(request.request_id),
+            prompt_len=request.num_tokens,
+            outgrows_window=longest > self.config.n_local,
+        )
+
+    def request_finished_all_groups(
+        self, request: "Request", block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Never delays freeing; reports the request's memory use if its kv_transfer_params ask for it."""
+        if not (request.kv_transfer_params or {}).get(REPORT):
+            return False, None
+        managers, request_id = self._managers.values(), request.request_id
+        return False, {
+            "peak_blocks": max(manager.peak_blocks.get(request_id, 0) for manager in managers),
+            "units": max(len(manager.units.get(request_id, ())) for manager in managers),
+        }
+
+    # ---- worker side ----------------------------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Allocate the memory of each InfLLM layer beside its paged cache [num_blocks, KH, B, 2D]."""
+        layers = self._vllm_config.compilation_config.static_forward_context
+        for group, group_spec in enumerate(self._kv_cache_config.kv_cache_groups):
+            for name in group_spec.layer_names:
+                spec = getattr(group_spec.kv_cache_spec, "kv_cache_specs", {}).get(name, group_spec.kv_cache_spec)
+                if not isinstance(spec, InfLLMSpec):
+                    continue
+                impl, cache = layers[name].impl, kv_caches[name]
+                impl.memory = LayerMemory.allocate(
+                    spec.num_units, cache.shape[0], impl.num_heads, cache, impl.head_size
+                )
+                self._group_of_layer[name] = group
+                self._requests[group] = {}
+
+    def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
+        """Apply the step's updates, then complete its attention metadata."""
+        metadata = self._get_connector_metadata()
+        assert isinstance(metadata, InfLLMConnectorMetadata)
+        for group, update in metadata.groups.items():
+            for admission in update.admissions:
+                self._requests[group][admission.first_block] = RequestMemory(
+                    admission.prompt_len, admission.outgrows_window
+                )
+            for first_block, units in update.new_units:
+                self._requests[group][first_block].units.extend(units)
+        # Model runner V2 builds the metadata outside the forward context and passes it along.
+        per_layer = kwargs.get("attn_metadata") or forward_context.attn_metadata or {}
+        for name, group in self._group_of_layer.items():
+            attention = per_layer.get(name)
+            if isinstance(attention, InfLLMMetadata) and not attention.planned:
+                attention.plan(self._requests[group], self.config.geometry)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        pass
+
+    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_for_save(self) -> None:
+        pass

@@ -1,0 +1,22 @@
+"""What the worker knows of each request's memory."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class RequestMemory:
+    """One request, from its admission until its first block is given to another.
+
+    prompt_len: tokens known when it was admitted (prompt; after preemption also the answer so far).
+    outgrows_window: whether prompt and answer can be longer than n_local; otherwise nothing will be stored and no
+        attention needs to be accumulated.
+    units: host unit ids of its stored blocks, in order, given as it grows.
+    """
+
+    prompt_len: int
+    outgrows_window: bool
+    units: list[int] = field(default_factory=list)
+
+
+# By the physical id of the request's first block, which it keeps for life.
+RequestTable = dict[int, RequestMemory]

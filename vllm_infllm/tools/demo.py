@@ -1,0 +1,129 @@
+"""Find pass keys in a long text, with stock full attention and with InfLLM.
+
+Both sides run in vLLM with the same prompts, one at a time, greedily and without compilation (enforce_eager: compiling
+takes longer than it saves here). The exit status is 0 when InfLLM found every key.
+"""
+
+import argparse
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from vllm_infllm.tools import CommandError
+from vllm_infllm.tools.demo_report import Trial, report
+from vllm_infllm.tools.demo_worker import Answer, Job
+from vllm_infllm.tools.model import demo_model
+from vllm_infllm.tools.passkey import passkey_prompt
+from vllm_infllm.tools.worker_process import json_lines
+
+WORKER = "vllm_infllm.tools.demo_worker"
+MAX_TOKENS = 8
+CHUNK = 2048
+BLOCK_SIZE = 128
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to ask, and how InfLLM is configured: by default so that it suits the demo model, trained on 8,192 tokens."""
+    parser.add_argument("--model", help="folder or name of a model (default: the demo model)")
+    parser.add_argument("--length", type=int, default=16384, help="tokens a prompt (default: %(default)s)")
+    parser.add_argument(
+        "--depths",
+        type=float,
+        nargs="+",
+        default=[0.1, 0.5, 0.9],
+        metavar="DEPTH",
+        help="where the keys are hidden: 0 is the start of the text, 1 its end (default: 0.1 0.5 0.9)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="draws the pass keys (default: %(default)s)")
+    parser.add_argument("--n-local", type=int, default=1024, help="InfLLM's window in tokens (default: %(default)s)")
+    parser.add_argument("--topk", type=int, default=8, help="units InfLLM retrieves (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Ask both sides, print the table."""
+    console = Console()
+    model = args.model or str(demo_model())
+    trials = _trials(model, args)
+    console.print(f"{len(trials)} pass keys, each in a text of {args.length:,} tokens, model {Path(model).name}")
+
+    common = {
+        "model": model,
+        "max_model_len": args.length + MAX_TOKENS,
+        "max_num_seqs": 1,
+        "max_num_batched_tokens": CHUNK,
+        "block_size": BLOCK_SIZE,
+        "enable_prefix_caching": False,
+        "enforce_eager": True,
+    }
+    infllm = {"n_local": args.n_local, "topk": args.topk}
+    sides = [
+        # vLLM refuses a length that the model was not trained on, and would take nearly all memory of a CPU machine.
+        Side(
+            "full attention",
+            common | {"kv_cache_memory_bytes": _full_cache_bytes(model, args.length + MAX_TOKENS)},
+            {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"},
+        ),
+        Side("infllm", common | {"attention_backend": "infllm", "additional_config": {"infllm": infllm}}, {}),
+    ]
+    answers = {side.name: _ask(side, trials, console) for side in sides}
+    console.print(report(trials, answers, BLOCK_SIZE))
+    return 0 if all(trial.found_in(answer) for trial, answer in zip(trials, answers["infllm"], strict=True)) else 1
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two engines: its name, the keyword arguments of `vllm.LLM`, environment variables it needs."""
+
+    name: str
+    engine: dict[str, Any]
+    env: dict[str, str]
+
+
+def _trials(model: str, args: argparse.Namespace) -> list[Trial]:
+    """One prompt a depth, each with a key of its own."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, model_max_length=args.length)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--model {model}: {error}") from error
+    draw = random.Random(args.seed)
+    keys = [draw.randint(10000, 99999) for _ in args.depths]
+    try:
+        return [
+            Trial(depth, key, passkey_prompt(tokenizer, args.length, depth, key))
+            for depth, key in zip(args.depths, keys, strict=True)
+        ]
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
+def _full_cache_bytes(model: str, max_model_len: int) -> int:
+    """What a paged KV cache takes that holds every token of one request, and two spare blocks for vLLM."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model).get_text_config()
+    heads = config.num_key_value_heads or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    bytes_per_token = 2 * config.num_hidden_layers * heads * head_size * config.dtype.itemsize
+    return (-(-max_model_len // BLOCK_SIZE) + 2) * BLOCK_SIZE * bytes_per_token
+
+
+def _ask(side: Side, trials: list[Trial], console: Console) -> list[Answer]:
+    """Put every prompt to one side, with a progress bar over the tokens of all prompts."""
+    job = Job(side.engine, [trial.prompt for trial in trials], MAX_TOKENS)
+    answers: list[Answer] = []
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"))
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        total = sum(map(len, job.prompts))
+        task = progress.add_task(f"{side.name:<14}", total=total, state="starting vLLM")
+        for event in json_lines(WORKER, asdict(job), side.name.replace(" ", "-"), side.env):
+            if "text" in event:
+                answers.append(Answer(**event))
+            done = sum(len(prompt) for prompt in job.prompts[: len(answers)]) + event.get("tokens", 0)
+            progress.update(task, completed=done, state=f"{len(answers)} of {len(trials)} keys asked")
+    return answers

@@ -1,0 +1,169 @@
+"""What InfLLM adds to a worker: rotary tables are bound and extended when the model has been loaded, and the memory
+plan is made when its layers are known."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import psutil
+import torch
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+
+from vllm_infllm import __version__
+from vllm_infllm.attention import rope
+from vllm_infllm.attention.backend import InfLLMImpl
+from vllm_infllm.config import KEY, ConfigError, InfLLMConfig
+from vllm_infllm.memory.manager import InfLLMSpec
+from vllm_infllm.memory.plan import MemoryPlan, MemorySizes, make_plan
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+def infllm_impls(vllm_config: VllmConfig) -> dict[str, InfLLMImpl]:
+    """The layers of the loaded model that run InfLLM, by name."""
+    layers = vllm_config.compilation_config.static_forward_context
+    return {n: layer.impl for n, layer in layers.items() if isinstance(getattr(layer, "impl", None), InfLLMImpl)}
+
+
+def bind_rope(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
+    """Extend every rotary table of the model to max_model_len and hand each InfLLM layer the table of its queries.
+
+    Raises:
+        ConfigError: if a table cannot be extended, or a layer's rotary module cannot be told.
+    """
+    max_len = vllm_config.model_config.max_model_len
+    impls = infllm_impls(vllm_config)
+    modules = dict(model.named_modules())
+    tables: dict[str, torch.nn.Module] = {}
+    for name in impls:
+        parent = modules.get(name.rpartition(".")[0])
+        ropes = [m for m in parent.children() if isinstance(m, RotaryEmbeddingBase)] if parent is not None else []
+        if len(ropes) != 1:
+            raise ConfigError(
+                f"InfLLM needs rotary positions, and layer {name} has {len(ropes)} rotary modules beside it: models "
+                "with learned absolute positions or without positions are not supported; remove --attention-backend "
+                "infllm."
+            )
+        rope.check_supported(ropes[0])
+        tables[name] = ropes[0]
+    for module in modules.values():
+        if isinstance(module, RotaryEmbeddingBase):
+            rope.extend(module, max_len)
+    for name, impl in impls.items():
+        impl.rope = rope.RotaryTable(tables[name].cos_sin_cache, tables[name].is_neox_style)
+
+
+class InfLLMWorker:
+    """Mixin for a worker of vLLM."""
+
+    vllm_config: VllmConfig
+    model_runner: Any
+    _shares_host_memory: bool
+    sizes: MemorySizes
+    plan: MemoryPlan
+
+    def load_model(self, **kwargs: Any) -> None:
+        super().load_model(**kwargs)  # type: ignore[misc]
+        bind_rope(self.model_runner.get_model(), self.vllm_config)
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        """vLLM's specs, with those of the InfLLM layers replaced, and the memory plan in them."""
+        specs: dict[str, KVCacheSpec] = super().get_kv_cache_spec()  # type: ignore[misc]
+        impls = infllm_impls(self.vllm_config)
+        _check_layers(specs, impls, self.vllm_config)
+        config = InfLLMConfig(**self.vllm_config.additional_config[KEY])
+        for name in impls:
+            specs[name] = InfLLMSpec.of(specs[name], config)  # type: ignore[arg-type]
+        memory = psutil.virtual_memory()
+        self.sizes = _sizes(specs, impls, self.vllm_config)
+        self.plan = make_plan(
+            config,
+            self.sizes,
+            self.vllm_config.scheduler_config.max_num_seqs,
+            self.vllm_config.model_config.max_model_len,
+            memory.total,
+            memory.available,
+            self._user_paged_bytes(),
+            self._shares_host_memory,
+        )
+        self._log_startup(config, specs)
+        return {
+            name: replace(spec, num_units=self.plan.num_units) if isinstance(spec, InfLLMSpec) else spec
+            for name, spec in specs.items()
+        }
+
+    def _user_paged_bytes(self) -> int | None:
+        return self.vllm_config.cache_config.kv_cache_memory_bytes
+
+    def _log_startup(self, config: InfLLMConfig, specs: dict[str, KVCacheSpec]) -> None:
+        effective = config.model_dump(exclude_none=True)
+        settings = " ".join(f"{key}={value}" for key, value in effective.items())
+        ours = [name for name, spec in specs.items() if isinstance(spec, InfLLMSpec)]
+        others = [name for name in specs if name not in ours]
+        logger.info("vllm-infllm %s: %s; %s", __version__, settings, self.plan)
+        logger.info(
+            "InfLLM runs %d of %d attention layers: %s%s",
+            len(ours),
+            len(specs),
+            _abbreviate(ours),
+            f"; the platform's own backend runs {_abbreviate(others)}" if others else "",
+        )
+
+
+def _check_layers(specs: dict[str, KVCacheSpec], impls: dict[str, InfLLMImpl], vllm_config: VllmConfig) -> None:
+    if not impls:
+        raise ConfigError(
+            f"--attention-backend infllm: model {vllm_config.model_config.model} has no full causal attention layer "
+            "that InfLLM could run (encoder-only, or sliding windows only); remove the flag."
+        )
+    for name in impls:
+        if type(specs.get(name)) is not FullAttentionSpec:
+            raise ConfigError(
+                f"--attention-backend infllm: layer {name} is not plain full causal attention "
+                f"({type(specs.get(name)).__name__}); remove the flag."
+            )
+
+
+def _sizes(specs: dict[str, KVCacheSpec], impls: dict[str, InfLLMImpl], vllm_config: VllmConfig) -> MemorySizes:
+    ours = [(specs[name], impl) for name, impl in impls.items()]
+    in_flight, max_len = vllm_config.max_in_flight_tokens, vllm_config.model_config.max_model_len
+    blocks = max(spec.max_admission_blocks_per_request(in_flight, max_len) for spec, _ in ours)
+    return MemorySizes(
+        blocks_per_request=blocks,
+        paged_request=sum(spec.max_memory_usage_bytes(vllm_config) for spec in specs.values()),
+        received_request=sum(blocks * impl.num_heads * spec.block_size * 4 for spec, impl in ours),
+        unit=sum(spec.page_size_bytes for spec, _ in ours),
+        representative=sum(impl.num_heads * impl.head_size * spec.dtype.itemsize for spec, impl in ours),
+    )
+
+
+def _abbreviate(names: list[str]) -> str:
+    return ", ".join(_spans(names))
+
+
+def _spans(names: list[str]) -> Iterator[str]:
+    """Layer names with runs of numbers drawn together: model.layers.[0-29].self_attn.attn."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for name in names:
+        parts = name.split(".")
+        place = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        if place is None:
+            yield name
+            continue
+        key = (".".join(parts[:place]), ".".join(parts[place + 1 :]))
+        groups.setdefault(key, []).append(int(parts[place]))
+    for (head, tail), numbers in groups.items():
+        yield f"{head}.[{_runs(sorted(numbers))}].{tail}"
+
+
+def _runs(numbers: list[int]) -> str:
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

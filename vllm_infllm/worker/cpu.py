@@ -1,0 +1,31 @@
+"""The worker on CPU."""
+
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_infllm.worker.base import InfLLMWorker
+
+
+class InfLLMCPUWorker(InfLLMWorker, CPUWorker):
+    """Paged cache and host pool share the machine's memory, so the plan sizes both."""
+
+    _shares_host_memory = True
+
+    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        cache = vllm_config.cache_config
+        self._given_paged_bytes = cache.kv_cache_memory_bytes
+        # Without a size, vLLM 0.32 wants 92% of the machine's memory to be free, and then takes it. Any size says
+        # that the cache is not to be sized by that; the plan replaces it before it is used.
+        cache.kv_cache_memory_bytes = cache.kv_cache_memory_bytes or 1
+        super().__init__(vllm_config, *args, **kwargs)
+
+    def _user_paged_bytes(self) -> int | None:
+        return self._given_paged_bytes
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        specs = super().get_kv_cache_spec()
+        self.vllm_config.cache_config.kv_cache_memory_bytes = self.plan.paged_bytes
+        return specs

@@ -1,0 +1,15 @@
+"""The worker on CUDA."""
+
+from vllm.v1.worker.gpu_worker import Worker
+
+from vllm_infllm.worker.base import InfLLMWorker
+
+
+class InfLLMGPUWorker(InfLLMWorker, Worker):
+    """vLLM's profiling sizes the paged cache; what InfLLM keeps beside it on the device comes out of the same sum."""
+
+    _shares_host_memory = False
+
+    def determine_available_memory(self) -> int:
+        left = super().determine_available_memory() - self.plan.num_units * self.sizes.representative
+        return int(left / (1 + self.sizes.received_request / self.sizes.paged_request))
