@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 NAME = "InfLLMConnector"
-REPORT = "infllm_report"
-"""Key of a request's kv_transfer_params that asks for its memory use in the response."""
 
 
 @dataclass
@@ -111,14 +109,7 @@ class InfLLMConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished_all_groups(
         self, request: "Request", block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """Never delays freeing; reports the request's memory use if its kv_transfer_params ask for it."""
-        if not (request.kv_transfer_params or {}).get(REPORT):
-            return False, None
-        managers, request_id = self._managers.values(), request.request_id
-        return False, {
-            "peak_blocks": max(manager.peak_blocks.get(request_id, 0) for manager in managers),
-            "units": max(len(manager.units.get(request_id, ())) for manager in managers),
-        }
+        return False, None
 
     # ---- worker side ----------------------------------------------------------------------------------------------
 

@@ -72,7 +72,6 @@ class InfLLMManager(SlidingWindowManager):
         self.geometry = kv_cache_spec.geometry
         self.pool = UnitPool(kv_cache_spec.num_units)
         self.units: dict[str, list[int]] = {}
-        self.peak_blocks: dict[str, int] = {}
         self._new_units: dict[str, list[int]] = {}
 
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:  # type: ignore[override]
@@ -99,14 +98,11 @@ class InfLLMManager(SlidingWindowManager):
         self.units.setdefault(request_id, []).extend(new)
         if new:
             self._new_units.setdefault(request_id, []).extend(new)
-        blocks = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
-        self.peak_blocks[request_id] = max(self.peak_blocks.get(request_id, 0), self.blocks_held(request_id))
-        return blocks
+        return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self.pool.give_back(self.units.pop(request_id, []))
         self._new_units.pop(request_id, None)
-        self.peak_blocks.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
     def take_new_units(self) -> dict[str, list[int]]:

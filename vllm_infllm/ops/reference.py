@@ -64,32 +64,36 @@ def attend(
         their window, [H, N] float32.
     """
     num_queries, num_heads, _ = query.shape
-    num_paged, kv_heads, _ = paged_key.shape
+    num_paged, kv_heads, head_size = paged_key.shape
     end = start + num_queries
     query_pos = torch.arange(start, end, device=query.device)[:, None]
-    key_pos = torch.arange(paged_start, end, device=query.device)[None]
-    distance = query_pos - key_pos
+    key_pos = torch.arange(paged_start, end, device=query.device)
+    # Tokens that have left a window but whose block is not stored yet: the remainder, and initial tokens at first.
+    num_edge = max(0, end - n_local - paged_start)
+    left_window = query_pos - key_pos[:num_edge] >= n_local  # [T, edge]
+    future = key_pos[start - paged_start :] > query_pos  # [T, T]
+    edge_key = rope.unrotate(paged_key[:num_edge], key_pos[:num_edge])
 
-    local = _scores(query, paged_key, scale)
-    local.masked_fill_((distance < 0) | (distance >= n_local), float("-inf"))
-    parts, values = [local], [paged_value]
-    if far_query is not None:
-        # Tokens that have left a window but whose block is not stored yet: remainder, and initial tokens at first.
-        num_edge = max(0, end - n_local - paged_start)
-        if num_edge:
-            edge_key = rope.unrotate(paged_key[:num_edge], key_pos[0, :num_edge])
-            edge = _scores(far_query, edge_key, scale)
-            parts.append(edge.masked_fill_(distance[:, :num_edge] < n_local, float("-inf")))
-            values.append(paged_value[:num_edge])
-        if stored_key is not None and stored_value is not None:
-            parts.append(_scores(far_query, stored_key, scale))
-            values.append(stored_value)
-
-    probabilities = torch.softmax(torch.cat(parts, dim=-1), dim=-1)  # [KH, G, T, all keys]
-    value = torch.cat(values).float()
-    output = torch.matmul(probabilities.flatten(1, 2), value.transpose(0, 1))  # [KH, G * T, D]
-    output = output.view(num_heads, num_queries, -1).transpose(0, 1)
-    received = probabilities[..., :num_paged].sum(2).view(num_heads, num_paged)
+    output = torch.empty((num_queries, num_heads, head_size), dtype=torch.float32, device=query.device)
+    received = torch.empty((num_heads, num_paged), dtype=torch.float32, device=query.device)
+    group = num_heads // kv_heads
+    for head in range(kv_heads):
+        heads = slice(head * group, (head + 1) * group)
+        local = _scores(query[:, heads], paged_key[:, head], scale)
+        local[..., :num_edge].masked_fill_(left_window, float("-inf"))
+        local[..., start - paged_start :].masked_fill_(future, float("-inf"))
+        parts, values = [local], [paged_value[:, head]]
+        if far_query is not None and num_edge:
+            edge = _scores(far_query[:, heads], edge_key[:, head], scale)
+            parts.append(edge.masked_fill_(~left_window, float("-inf")))
+            values.append(paged_value[:num_edge, head])
+        if far_query is not None and stored_key is not None and stored_value is not None:
+            parts.append(_scores(far_query[:, heads], stored_key[:, head], scale))
+            values.append(stored_value[:, head])
+        weight = 1 / _exp_in_place(parts)  # [G, T, 1]
+        attended = sum(p.flatten(0, 1) @ v.float() for p, v in zip(parts, values, strict=True))  # [G * T, D]
+        output[:, heads] = (attended.view(group, num_queries, -1) * weight).transpose(0, 1)
+        received[heads] = (weight.mT @ local).squeeze(1)
     return output, received
 
 
@@ -118,9 +122,15 @@ def represent(key: torch.Tensor, received: torch.Tensor, repr_topk: int) -> torc
 
 
 def _scores(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
-    """Scaled dot products [KH, G, T, N] of query [T, H, D] with the keys [N, KH, D] of their heads."""
-    num_queries, num_heads, head_size = query.shape
-    kv_heads = key.shape[1]
-    grouped = query.float().transpose(0, 1).reshape(kv_heads, -1, head_size)  # [KH, G * T, D]
-    scores = torch.matmul(grouped * scale, key.float().permute(1, 2, 0))
-    return scores.view(kv_heads, num_heads // kv_heads, num_queries, -1)
+    """Scaled dot products [G, T, N] of query [T, G, D] with key [N, D]."""
+    num_queries, group, head_size = query.shape
+    grouped = (query.float() * scale).transpose(0, 1).reshape(-1, head_size)
+    return (grouped @ key.float().T).view(group, num_queries, -1)
+
+
+def _exp_in_place(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Exponentiate score parts [G, T, any], less their common maximum; returns their common sum [G, T, 1]."""
+    highest = torch.stack([part.amax(-1, keepdim=True) for part in parts]).amax(0)
+    for part in parts:
+        part.sub_(highest).exp_()
+    return torch.stack([part.sum(-1, keepdim=True) for part in parts]).sum(0)

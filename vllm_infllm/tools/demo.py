@@ -27,7 +27,7 @@ BLOCK_SIZE = 128
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to ask, and how InfLLM is configured: by default so that it suits the demo model, trained on 8,192 tokens."""
+    """What to ask, and how InfLLM is configured: by default so that it suits the demo model, trained on 8K tokens."""
     parser.add_argument("--model", help="folder or name of a model (default: the demo model)")
     parser.add_argument("--length", type=int, default=16384, help="tokens a prompt (default: %(default)s)")
     parser.add_argument(

@@ -54,7 +54,7 @@ def run(job: Job) -> Iterator[dict[str, Any]]:
 
 
 def answer(llm: Any, prompt: list[int], max_tokens: int) -> Iterator[dict[str, Any]]:
-    """Greedily complete one prompt, alone in the engine: yields the progress after every step, and the `Answer` at last."""
+    """Greedily complete one prompt, alone in the engine: yields the progress after every step, then the `Answer`."""
     from vllm import SamplingParams
 
     chunk = llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
