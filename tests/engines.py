@@ -4,6 +4,7 @@ import contextlib
 import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,12 @@ def engine(model: str, **kwargs: Any) -> Iterator[Any]:
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    defaults: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 8}
+    defaults: dict[str, Any] = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_num_seqs": 8,
+        "skip_tokenizer_init": not Path(model, "tokenizer.json").exists(),
+    }
     llm = LLM(model, **{**defaults, **kwargs})
     try:
         yield llm

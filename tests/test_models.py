@@ -18,9 +18,7 @@ def test_prompt_logprobs_equal_the_oracle(family: str, tmp_path: Path) -> None:
     """700 tokens, 5.5 windows, in chunks: every log-probability as by the dense oracle."""
     folder = tiny_models.make(family, tmp_path)
     prompt = tiny_models.tokens(700)
-    with infllm_engine(
-        folder, SIZES, block_size=BLOCK_SIZE, max_model_len=1024, max_num_batched_tokens=256, skip_tokenizer_init=True
-    ) as llm:
+    with infllm_engine(folder, SIZES, block_size=BLOCK_SIZE, max_model_len=1024, max_num_batched_tokens=256) as llm:
         (ours,) = prompt_logprobs(llm, [prompt])
     config = OracleConfig(BLOCK_SIZE, 32, 128, 3, 2, 80)
     error = (ours - oracle_logprobs(folder, config, prompt)).abs()
