@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+
 @contextlib.contextmanager
 def engine(model: str, **kwargs: Any) -> Iterator[Any]:
     """A vllm.LLM in this process, float32 and uncompiled unless said otherwise; gone afterwards."""

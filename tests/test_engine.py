@@ -1,7 +1,6 @@
 """Scheduling and memory, end to end on a tiny model: batches, budgets, bounds, preemption, abort."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest

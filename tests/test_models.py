@@ -23,3 +23,13 @@ def test_prompt_logprobs_equal_the_oracle(family: str, tmp_path: Path) -> None:
     config = OracleConfig(BLOCK_SIZE, 32, 128, 3, 2, 80)
     error = (ours - oracle_logprobs(folder, config, prompt)).abs()
     assert error.max() < 1e-3, f"largest {error.max():.5f} at token {error.argmax() + 1}, mean {error.mean():.6f}"
+
+
+def test_a_sliding_window_as_long_as_n_local_stays_another_kind_of_layer(tmp_path: Path) -> None:
+    """A hybrid model whose own window equals n_local: its sliding layers must not share the InfLLM block manager."""
+    folder = tiny_models.make("gemma3", tmp_path, sliding_window=128)
+    prompt = tiny_models.tokens(500)
+    with infllm_engine(folder, SIZES, block_size=BLOCK_SIZE, max_model_len=1024, max_num_batched_tokens=256) as llm:
+        (ours,) = prompt_logprobs(llm, [prompt])
+    error = (ours - oracle_logprobs(folder, OracleConfig(BLOCK_SIZE, 32, 128, 3, 2, 80), prompt)).abs()
+    assert error.max() < 1e-3

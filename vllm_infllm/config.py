@@ -34,7 +34,8 @@ class InfLLMConfig(BaseModel):
     exc_block_size: _Positive = 512
     """Queries that share one retrieval during prefill; at most n_local."""
     max_cached_blocks: _NonNegative = 0
-    """Retrieved units of a request that stay resident in its own KV blocks; 0 reads the host store in place."""
+    """Retrieved units of a request that stay resident in its own KV blocks, at least topk; 0 reads the host store in
+    place."""
     cache_strategy: Literal["lru", "fifo", "lru-s"] = "lru"
     """Which resident unit leaves first: least recently used, first in, or least decayed attention mass."""
     score_decay: Annotated[float, Field(gt=0, le=1)] = 0.1
@@ -50,8 +51,11 @@ class InfLLMConfig(BaseModel):
 
     @property
     def kept_blocks(self) -> int:
-        """Leading KV blocks that a request keeps for life: its first block names the request to the worker."""
-        return 1
+        """Leading KV blocks that a request keeps for life.
+
+        The first names the request to the worker; with a residency cache they are its slots.
+        """
+        return self.n_init // self.block_size + self.max_cached_blocks if self.max_cached_blocks else 1
 
 
 def resolve(user: Any, block_size: int, trained_len: int) -> InfLLMConfig:
@@ -140,6 +144,11 @@ def _check_sizes(config: InfLLMConfig, trained_len: int) -> None:
     if config.repr_topk > config.block_size:
         raise ConfigError(
             f"{_field('repr_topk', config.repr_topk)} is larger than --block-size {config.block_size}: lower repr_topk."
+        )
+    if 0 < config.max_cached_blocks < config.topk:
+        raise ConfigError(
+            f"{_field('max_cached_blocks', config.max_cached_blocks)} is below topk {config.topk}, and all retrieved "
+            "units must be resident at once: raise it, or set 0 to read units from host memory in place."
         )
     if _span(config) > trained_len:
         raise ConfigError(

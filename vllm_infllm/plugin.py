@@ -154,7 +154,8 @@ def _selected(args: "EngineArgs") -> bool:
 
 def _check_args(args: "EngineArgs") -> None:
     """Refuse flags that take part in building the configuration."""
-    connector = getattr(args.kv_transfer_config, "kv_connector", None)
+    transfer = args.kv_transfer_config
+    connector = transfer.get("kv_connector") if isinstance(transfer, dict) else getattr(transfer, "kv_connector", None)
     if connector not in (None, CONNECTOR):
         raise ConfigError(
             f"--kv-transfer-config: KV connector {connector} cannot run beside --attention-backend infllm, which "
@@ -174,7 +175,9 @@ def _check_args(args: "EngineArgs") -> None:
         value = getattr(args, name)
         own = "vllm_infllm." in str(value)
         if value not in (None, "auto") and not own:
-            raise ConfigError(f"{flag} {value} cannot be used with --attention-backend infllm, which sets it: remove it.")
+            raise ConfigError(
+                f"{flag} {value} cannot be used with --attention-backend infllm, which sets it: remove it."
+            )
 
 
 def _complete_args(args: "EngineArgs") -> None:
@@ -233,7 +236,7 @@ class _Resolved(dict[str, Any]):
 
 def _check_config(config: "VllmConfig") -> None:
     """Refuse what InfLLM cannot do, naming the flag."""
-    from vllm.utils.torch_utils import is_quantized_kv_cache
+    from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
     model, cache, scheduler, parallel = (
         config.model_config,

@@ -10,7 +10,7 @@ from vllm_infllm.config import KEY, InfLLMConfig
 
 
 class _ExecutionBlockAligned:
-    """Cuts prefill chunks at multiples of exc_block_size or at the end of the prompt (design section 4).
+    """Cuts prefill chunks at multiples of exc_block_size or at the end of the prompt.
 
     vLLM's scheduler has one place where a prefill chunk is clipped, for running and for waiting requests: the
     alignment of Mamba states. It is switched on by a flag; models with Mamba layers are refused at startup.

@@ -10,6 +10,8 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 from vllm_infllm.attention.metadata import InfLLMMetadata, InfLLMMetadataBuilder, Row
 from vllm_infllm.attention.rope import RotaryTable
 from vllm_infllm.config import KEY, ConfigError, InfLLMConfig
+from vllm_infllm.memory.requests import RequestMemory
+from vllm_infllm.memory.residency import ResidencyCache
 from vllm_infllm.memory.store import LayerMemory
 from vllm_infllm.ops import reference as ops
 
@@ -50,6 +52,8 @@ class InfLLMImpl(AttentionImpl[InfLLMMetadata]):
 
     memory: LayerMemory
     rope: RotaryTable
+    layer: int
+    """Number of the layer among those that run InfLLM."""
 
     def __init__(
         self,
@@ -109,11 +113,14 @@ class InfLLMImpl(AttentionImpl[InfLLMMetadata]):
         return output
 
     def _execution_block(self, query: torch.Tensor, s: int, e: int, row: Row, kv_cache: torch.Tensor) -> torch.Tensor:
+        assert row.request is not None
         geometry, block_size = self.geometry, self.config.block_size
         positions = torch.arange(s, e, device=query.device)
         leaves_window = e > self.config.n_local
         far_query = self.rope.far(query, positions, self.config.n_local) if leaves_window else None
-        stored_key, stored_value = self._retrieve(far_query, s, row)
+        chosen = self._select(far_query, s, row.request)
+        stored_key, stored_value = self._fetch(chosen, row, kv_cache)
+        stored_received = self._mass_buffer(stored_key)
 
         paged_start = geometry.edge_start(s)
         blocks = row.block_table[paged_start // block_size : -(-e // block_size)]
@@ -130,32 +137,57 @@ class InfLLMImpl(AttentionImpl[InfLLMMetadata]):
             far_query,
             stored_key,
             stored_value,
+            stored_received,
         )
-        assert row.request is not None
+        if stored_received is not None:
+            mass = stored_received.sum(0).unflatten(0, (len(chosen), block_size)).sum(1).tolist()
+            row.request.residency[self.layer].attended(dict(zip(chosen, mass, strict=True)))
         if row.request.outgrows_window:
             ops.accumulate(self.memory.received, blocks, paged_start, s, received)
             for block in range(geometry.stored_blocks(s), geometry.stored_blocks(e)):
                 self._store(block, row, kv_cache)
         return output
 
-    def _retrieve(
-        self, far_query: torch.Tensor | None, s: int, row: Row
+    def _select(self, far_query: torch.Tensor | None, s: int, request: RequestMemory) -> list[int]:
+        """Stored blocks to attend to: those of the initial tokens, then the selected units, both ascending."""
+        stored, init = self.geometry.stored_blocks(s), self.geometry.init_blocks
+        units = self.geometry.sealed_units(s)
+        if units <= self.config.topk:
+            return list(range(stored))
+        assert far_query is not None
+        ids = torch.tensor(request.units[init:stored])
+        best = ops.select(ops.score(far_query, self.memory.representatives[ids]), self.config.topk)
+        return [*range(init), *(init + unit for unit in best.tolist())]
+
+    def _fetch(
+        self, chosen: list[int], row: Row, kv_cache: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Un-rotated keys and values [M, KH, D] of the stored initial blocks and of the selected units."""
-        stored = self.geometry.stored_blocks(s)
-        if not stored:
+        """Un-rotated keys and values [M, KH, D] of the chosen stored blocks, from the host store or from slots."""
+        assert row.request is not None
+        if not chosen:
             return None, None
-        assert row.request is not None and far_query is not None
-        ids = row.request.units[:stored]
-        initial, units = ids[: self.geometry.init_blocks], ids[self.geometry.init_blocks :]
-        if len(units) > self.config.topk:
-            scores = ops.score(far_query, self.memory.representatives[torch.tensor(units)])
-            units = [units[u] for u in ops.select(scores, self.config.topk).tolist()]
-        chosen = torch.tensor(initial + units)
-        device = far_query.device
-        key = self.memory.keys[chosen].to(device).transpose(1, 2).flatten(0, 1)
-        value = self.memory.values[chosen].to(device).transpose(1, 2).flatten(0, 1)
-        return key, value
+        if self.config.max_cached_blocks:
+            return ops.read(kv_cache, self._resident(chosen, row, kv_cache))
+        units = torch.tensor([row.request.units[block] for block in chosen])
+        key, value = self.memory.keys[units], self.memory.values[units]
+        device = kv_cache.device
+        return key.to(device).transpose(1, 2).flatten(0, 1), value.to(device).transpose(1, 2).flatten(0, 1)
+
+    def _resident(self, chosen: list[int], row: Row, kv_cache: torch.Tensor) -> torch.Tensor:
+        """Physical blocks [len(chosen)] of the slots that hold the chosen stored blocks, after copying what misses."""
+        assert row.request is not None
+        init = self.geometry.init_blocks
+        cache = row.request.residency[self.layer]
+        for block, slot in cache.resolve([block for block in chosen if block >= init]):
+            self._copy_to_slot(row.request.units[block], slot, row, kv_cache)
+        slots = [block if block < init else cache.slot_of[block] for block in chosen]
+        return row.block_table[torch.tensor(slots)]
+
+    def _mass_buffer(self, stored_key: torch.Tensor | None) -> torch.Tensor | None:
+        """[H, M] float32 for the attention that stored tokens receive, if the residency cache ranks by it."""
+        if stored_key is None or not self.config.max_cached_blocks or self.config.cache_strategy != "lru-s":
+            return None
+        return torch.empty((self.num_heads, stored_key.shape[0]), dtype=torch.float32, device=stored_key.device)
 
     def _store(self, block: int, row: Row, kv_cache: torch.Tensor) -> None:
         """Move a block that has left every window into the host store; seal it if it is a unit."""
@@ -170,3 +202,20 @@ class InfLLMImpl(AttentionImpl[InfLLMMetadata]):
         if block >= self.geometry.init_blocks:
             received = self.memory.received[physical[0]]
             self.memory.representatives[unit] = ops.represent(key, received, self.config.repr_topk)
+        if self.config.max_cached_blocks and block < self.config.kept_blocks:
+            self._become_slot(block, row, kv_cache)
+
+    def _become_slot(self, block: int, row: Row, kv_cache: torch.Tensor) -> None:
+        """A kept block whose own tokens are stored is a slot from now on: of its initial tokens, or empty."""
+        assert row.request is not None
+        config = self.config
+        cache = row.request.residency.setdefault(self.layer, ResidencyCache(config.cache_strategy, config.score_decay))
+        if block < self.geometry.init_blocks:
+            self._copy_to_slot(row.request.units[block], block, row, kv_cache)
+        else:
+            cache.add_slot(block)
+
+    def _copy_to_slot(self, unit: int, slot: int, row: Row, kv_cache: torch.Tensor) -> None:
+        physical = row.block_table[slot]
+        kv_cache[physical, :, :, : self.head_size] = self.memory.keys[unit].to(kv_cache.device)
+        kv_cache[physical, :, :, self.head_size :] = self.memory.values[unit].to(kv_cache.device)

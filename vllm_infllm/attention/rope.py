@@ -2,7 +2,7 @@
 
 The model's own rotary module stays in place and rotates q and k to their absolute positions. Memory needs two more
 rotations, both read from that module's cos/sin table: the inverse rotation of keys and queries, and the rotation of
-queries to the far position n_local - 1 (design section 1).
+queries to the far position n_local - 1.
 """
 
 from dataclasses import dataclass

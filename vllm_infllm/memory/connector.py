@@ -81,9 +81,7 @@ class InfLLMConnector(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int, bool]:
         return 0, False
 
-    def update_state_after_alloc(
-        self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int
-    ) -> None:
+    def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
         self._admitted.append(request)
 
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> InfLLMConnectorMetadata:
@@ -125,6 +123,7 @@ class InfLLMConnector(KVConnectorBase_V1, SupportsHMA):
                 impl.memory = LayerMemory.allocate(
                     spec.num_units, cache.shape[0], impl.num_heads, cache, impl.head_size
                 )
+                impl.layer = len(self._group_of_layer)
                 self._group_of_layer[name] = group
                 self._requests[group] = {}
 

@@ -16,6 +16,7 @@ block is not stored yet).
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Geometry:
         if start < prompt_len - 1 < end:
             cuts.add(prompt_len - 1)
         ordered = sorted(cuts)
-        return list(zip(ordered, ordered[1:], strict=False))
+        return list(pairwise(ordered))
 
     def chunk_end(self, start: int, end: int, known_tokens: int) -> int:
         """Where a prefill chunk [start, end) must stop: at a multiple of exc_block_size or at the last known token.

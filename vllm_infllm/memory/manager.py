@@ -38,6 +38,8 @@ class InfLLMSpec(SlidingWindowSpec):
             num_kv_heads=spec.num_kv_heads,
             head_size=spec.head_size,
             dtype=spec.dtype,
+            # Keeps vLLM from merging these layers with sliding-window layers whose window happens to be n_local.
+            dcp_sharded=False,
             sliding_window=config.n_local,
             geometry=config.geometry,
             kept_blocks=config.kept_blocks,
@@ -51,8 +53,8 @@ class InfLLMSpec(SlidingWindowSpec):
     @property
     def num_retained_tokens(self) -> int:
         """Tokens whose block-table entries the worker must not null (vLLM 0.33): all, the first block's id is the
-        request's name."""
-        return 1 << 60
+        request's name. vLLM keeps the number in 32 bits."""
+        return (1 << 31) - 1
 
 
 class InfLLMManager(SlidingWindowManager):
@@ -74,7 +76,7 @@ class InfLLMManager(SlidingWindowManager):
         self.units: dict[str, list[int]] = {}
         self._new_units: dict[str, list[int]] = {}
 
-    def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:  # type: ignore[override]
+    def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
         """Tokens that are stored, so that their paged blocks can go."""
         return self.geometry.edge_start(num_computed_tokens)
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from vllm_infllm.memory.residency import ResidencyCache
+
 
 @dataclass
 class RequestMemory:
@@ -11,11 +13,13 @@ class RequestMemory:
     outgrows_window: whether prompt and answer can be longer than n_local; otherwise nothing will be stored and no
         attention needs to be accumulated.
     units: host unit ids of its stored blocks, in order, given as it grows.
+    residency: residency cache of each layer, by the layer's number; empty unless max_cached_blocks is set.
     """
 
     prompt_len: int
     outgrows_window: bool
     units: list[int] = field(default_factory=list)
+    residency: dict[int, ResidencyCache] = field(default_factory=dict)
 
 
 # By the physical id of the request's first block, which it keeps for life.

@@ -7,7 +7,7 @@ import torch
 
 @dataclass(frozen=True)
 class LayerMemory:
-    """Tensors of one layer (design section 2).
+    """Tensors of one layer.
 
     keys, values: [num_units, KH, B, D], host memory (pinned where there is an accelerator); keys un-rotated.
     representatives: [num_units, H, D], on the device.

@@ -50,6 +50,7 @@ def attend(
     far_query: torch.Tensor | None = None,
     stored_key: torch.Tensor | None = None,
     stored_value: torch.Tensor | None = None,
+    stored_received: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One softmax over the local, initial, remainder and retrieved tokens of an execution block.
 
@@ -58,6 +59,7 @@ def attend(
         paged_key, paged_value: [N, KH, D] tokens paged_start .. start + T - 1 of the paged cache, keys rotated.
         far_query: [T, H, D] rotated to the far position; None while every token is inside the window.
         stored_key, stored_value: [M, KH, D] tokens of the stored blocks attended to, keys un-rotated.
+        stored_received: [H, M] float32, written if given: the attention that each of those tokens received.
 
     Returns:
         output [T, H, D] float32, and the attention that each paged token received from queries that had it in
@@ -94,6 +96,8 @@ def attend(
         attended = sum(p.flatten(0, 1) @ v.float() for p, v in zip(parts, values, strict=True))  # [G * T, D]
         output[:, heads] = (attended.view(group, num_queries, -1) * weight).transpose(0, 1)
         received[heads] = (weight.mT @ local).squeeze(1)
+        if stored_received is not None:
+            stored_received[heads] = (weight.mT @ parts[-1]).squeeze(1)
     return output, received
 
 

@@ -6,6 +6,7 @@ takes longer than it saves here). The exit status is 0 when InfLLM found every k
 
 import argparse
 import random
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from vllm_infllm.tools import CommandError
 from vllm_infllm.tools.demo_report import Trial, report
 from vllm_infllm.tools.demo_worker import Answer, Job
-from vllm_infllm.tools.model import demo_model
+from vllm_infllm.tools.model import demo_dtype, demo_model
 from vllm_infllm.tools.passkey import passkey_prompt
 from vllm_infllm.tools.worker_process import json_lines
 
@@ -24,6 +25,8 @@ WORKER = "vllm_infllm.tools.demo_worker"
 MAX_TOKENS = 8
 CHUNK = 2048
 BLOCK_SIZE = 128
+# On a CPU vLLM keeps a core free for its other processes; with one request at a time they sleep while it computes.
+ENV = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,10 +51,12 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     model = args.model or str(demo_model())
     trials = _trials(model, args)
-    console.print(f"{len(trials)} pass keys, each in a text of {args.length:,} tokens, model {Path(model).name}")
+    dtype = demo_dtype()
+    console.print(f"{len(trials)} pass keys, each in {args.length:,} tokens; {Path(model).name} in {dtype}, eager")
 
     common = {
         "model": model,
+        "dtype": dtype,
         "max_model_len": args.length + MAX_TOKENS,
         "max_num_seqs": 1,
         "max_num_batched_tokens": CHUNK,
@@ -64,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         # vLLM refuses a length that the model was not trained on, and would take nearly all memory of a CPU machine.
         Side(
             "full attention",
-            common | {"kv_cache_memory_bytes": _full_cache_bytes(model, args.length + MAX_TOKENS)},
+            common | {"kv_cache_memory_bytes": _full_cache_bytes(model, dtype, args.length + MAX_TOKENS)},
             {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"},
         ),
         Side("infllm", common | {"attention_backend": "infllm", "additional_config": {"infllm": infllm}}, {}),
@@ -88,7 +93,7 @@ def _trials(model: str, args: argparse.Namespace) -> list[Trial]:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, model_max_length=args.length)
+        tokenizer = AutoTokenizer.from_pretrained(model, model_max_length=sys.maxsize)
     except (OSError, ValueError) as error:
         raise CommandError(f"--model {model}: {error}") from error
     draw = random.Random(args.seed)
@@ -102,14 +107,15 @@ def _trials(model: str, args: argparse.Namespace) -> list[Trial]:
         raise CommandError(str(error)) from error
 
 
-def _full_cache_bytes(model: str, max_model_len: int) -> int:
+def _full_cache_bytes(model: str, dtype: str, max_model_len: int) -> int:
     """What a paged KV cache takes that holds every token of one request, and two spare blocks for vLLM."""
+    import torch
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model).get_text_config()
     heads = config.num_key_value_heads or config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    bytes_per_token = 2 * config.num_hidden_layers * heads * head_size * config.dtype.itemsize
+    bytes_per_token = 2 * config.num_hidden_layers * heads * head_size * getattr(torch, dtype).itemsize
     return (-(-max_model_len // BLOCK_SIZE) + 2) * BLOCK_SIZE * bytes_per_token
 
 
@@ -121,7 +127,7 @@ def _ask(side: Side, trials: list[Trial], console: Console) -> list[Answer]:
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         total = sum(map(len, job.prompts))
         task = progress.add_task(f"{side.name:<14}", total=total, state="starting vLLM")
-        for event in json_lines(WORKER, asdict(job), side.name.replace(" ", "-"), side.env):
+        for event in json_lines(WORKER, asdict(job), side.name.replace(" ", "-"), ENV | side.env):
             if "text" in event:
                 answers.append(Answer(**event))
             done = sum(len(prompt) for prompt in job.prompts[: len(answers)]) + event.get("tokens", 0)

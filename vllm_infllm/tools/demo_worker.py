@@ -2,7 +2,7 @@
 
 Reads a `Job` as JSON from standard input and writes one JSON object a line to standard output: `{"ready": true}` once
 the engine is up, `{"tokens": n}` after each of its steps (n tokens of the prompt are through), and an `Answer` for each
-prompt. Everything that vLLM prints goes to standard error.
+prompt, or `{"error": message}` before it fails. Everything that vLLM prints goes to standard error.
 """
 
 import json
@@ -37,8 +37,12 @@ def main() -> None:
     job = Job(**json.load(sys.stdin))
     with os.fdopen(os.dup(sys.stdout.fileno()), "w") as events:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-        for event in run(job):
-            print(json.dumps(event), file=events, flush=True)
+        try:
+            for event in run(job):
+                print(json.dumps(event), file=events, flush=True)
+        except Exception as error:
+            print(json.dumps({"error": str(error)}), file=events, flush=True)
+            raise
 
 
 def run(job: Job) -> Iterator[dict[str, Any]]:
@@ -63,8 +67,10 @@ def answer(llm: Any, prompt: list[int], max_tokens: int) -> Iterator[dict[str, A
     outputs: list[Any] = []
     while llm.llm_engine.has_unfinished_requests():
         outputs = llm.llm_engine.step() or outputs
-        steps += 1
-        peak = max(peak, blocks_in_use(llm))
+        held = blocks_in_use(llm)
+        # The engine also reports an idle step between two requests.
+        steps += held > 0
+        peak = max(peak, held)
         yield {"tokens": min(steps * chunk, len(prompt))}
     yield asdict(Answer(outputs[-1].outputs[0].text, time.monotonic() - start, peak))
 

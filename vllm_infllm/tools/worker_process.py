@@ -19,9 +19,10 @@ STOP_SECONDS = 10
 def json_lines(module: str, job: Any, name: str, env: Mapping[str, str]) -> Iterator[Any]:
     """Run `python -m module` with `job` as JSON on its standard input; yields each JSON line of its standard output.
 
-    Its standard error goes to a log file, removed on success. When the process fails, `CommandError` names that file
-    and quotes its end. However this ends (failure, Ctrl-C, a generator that is closed early), the process and its
-    children are gone afterwards.
+    A line `{"error": message}` is not yielded: the process gives it as the reason before it exits with a status other
+    than 0. Then `CommandError` quotes it and names the log file, which holds the standard error and is otherwise
+    removed. However this ends (failure, Ctrl-C, a generator that is closed early), the process and its children are
+    gone afterwards.
     """
     with tempfile.NamedTemporaryFile("w", prefix=f"vllm-infllm-{name}-", suffix=".log", delete=False) as log:
         process = subprocess.Popen(
@@ -34,18 +35,24 @@ def json_lines(module: str, job: Any, name: str, env: Mapping[str, str]) -> Iter
             start_new_session=True,
         )
     assert process.stdin and process.stdout
+    path, reason = Path(log.name), "it gave no reason"
     try:
         # A process that dies before it has read its job says why in its log.
         with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
             json.dump(job, stdin)
-        yield from map(json.loads, process.stdout)
+        for event in map(json.loads, process.stdout):
+            if "error" in event:
+                reason = event["error"]
+            else:
+                yield event
         status = process.wait()
+    except (KeyboardInterrupt, GeneratorExit):
+        path.unlink()
+        raise
     finally:
         _stop(process)
-    path = Path(log.name)
     if status:
-        end = "\n".join(path.read_text(errors="replace").splitlines()[-20:])
-        raise CommandError(f"{name} stopped with exit status {status}; its log, {path}, ends with:\n{end}")
+        raise CommandError(f"{name}: {reason} (exit status {status}, log: {path})")
     path.unlink()
 
 

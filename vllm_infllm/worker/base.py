@@ -76,7 +76,7 @@ class InfLLMWorker:
         _check_layers(specs, impls, self.vllm_config)
         config = InfLLMConfig(**self.vllm_config.additional_config[KEY])
         for name in impls:
-            specs[name] = InfLLMSpec.of(specs[name], config)  # type: ignore[arg-type]
+            specs[name] = InfLLMSpec.of(specs[name], config)
         memory = psutil.virtual_memory()
         self.sizes = _sizes(specs, impls, self.vllm_config)
         self.plan = make_plan(

@@ -1,0 +1,116 @@
+"""The residency cache: its policies against a plain model, and its answers against reading the host store in place."""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from tests import tiny_models
+from tests.engines import greedy, infllm_engine, manager, plan, prompt_logprobs
+from vllm_infllm.memory.residency import ResidencyCache
+
+STRATEGIES = ("lru", "fifo", "lru-s")
+SIZES = {"n_init": 64, "n_local": 128, "topk": 3, "repr_topk": 2, "exc_block_size": 64}
+
+
+class PlainModel:
+    """The policies, said plainly: a list of resident units in the order they came, and a history."""
+
+    def __init__(self, strategy: str, decay: float, capacity: int) -> None:
+        self.strategy, self.decay, self.capacity = strategy, decay, capacity
+        self.resident: list[int] = []
+        self.uses: list[list[int]] = []
+        self.masses: dict[int, list[float]] = {}
+
+    def resolve(self, wanted: list[int]) -> set[int]:
+        self.uses.append(wanted)
+        for unit in [u for u in wanted if u not in self.resident]:
+            if len(self.resident) == self.capacity:
+                self.resident.remove(self.victim(wanted))
+            self.resident.append(unit)
+            self.masses[unit] = []
+        return set(self.resident)
+
+    def victim(self, wanted: list[int]) -> int:
+        candidates = [unit for unit in self.resident if unit not in wanted]
+        if self.strategy == "lru":
+            return min(candidates, key=lambda u: max(t for t, used in enumerate(self.uses) if u in used))
+        if self.strategy == "lru-s":
+            return min(candidates, key=self.decayed_mass)
+        return candidates[0]
+
+    def decayed_mass(self, unit: int) -> float:
+        total = 0.0
+        for mass in self.masses[unit]:
+            total = total * self.decay + mass
+        return total
+
+    def attended(self, mass: dict[int, float]) -> None:
+        for unit in self.resident:
+            self.masses[unit].append(mass.get(unit, 0.0))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_policies_equal_a_plain_model(strategy: str) -> None:
+    """3,000 random steps: the same units are resident, only misses are copied, wanted units never leave."""
+    draw = random.Random(strategy)
+    cache, model = ResidencyCache(strategy, 0.5), PlainModel(strategy, 0.5, 6)
+    for slot in range(10, 16):
+        cache.add_slot(slot)
+    before: set[int] = set()
+    for _ in range(3000):
+        wanted = sorted(draw.sample(range(20), draw.randint(0, 4)))
+        copies = cache.resolve(wanted)
+        cache.check_integrity()
+        assert set(cache.slot_of) == model.resolve(wanted) >= set(wanted)
+        assert {unit for unit, _ in copies} == set(wanted) - before
+        assert all(cache.slot_of[unit] == slot for unit, slot in copies)
+        mass = {unit: draw.random() for unit in wanted}
+        cache.attended(mass)
+        model.attended(mass)
+        before = set(cache.slot_of)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_models.make("llama", tmp_path_factory.mktemp("llama"))
+
+
+def start(model: str, **infllm: Any) -> Any:
+    return infllm_engine(model, {**SIZES, **infllm}, block_size=32, max_model_len=2048, max_num_batched_tokens=256)
+
+
+def prompts() -> list[list[int]]:
+    return [tiny_models.tokens(length, seed=length) for length in (1500, 90, 700, 380)]
+
+
+@pytest.fixture(scope="module")
+def in_place(llama: str) -> tuple[list[torch.Tensor], list[list[int]], int]:
+    """Log-probabilities, greedy answers and blocks a request without a residency cache."""
+    with start(llama) as llm:
+        return prompt_logprobs(llm, prompts()), greedy(llm, prompts(), max_tokens=50), plan(llm).blocks_per_request
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_slots_give_bit_equal_results(
+    strategy: str, llama: str, in_place: tuple[list[torch.Tensor], list[list[int]], int]
+) -> None:
+    """Attention from slots, with room for one unit more than is retrieved, equals attention from the host store."""
+    logprobs, answers, blocks = in_place
+    with start(llama, max_cached_blocks=4, cache_strategy=strategy) as llm:
+        assert plan(llm).blocks_per_request == blocks + 2 + 4 - 1
+        for expected, got in zip(logprobs, prompt_logprobs(llm, prompts()), strict=True):
+            assert torch.equal(expected, got)
+        assert greedy(llm, prompts(), max_tokens=50) == answers
+        assert manager(llm).pool.num_free == manager(llm).pool.num_units
+
+
+def test_attention_does_read_the_slots(llama: str, in_place: tuple[list[torch.Tensor], list[list[int]], int]) -> None:
+    """With copies into slots left out the results change: nothing falls back to the host store."""
+    from vllm_infllm.attention.backend import InfLLMImpl
+
+    with pytest.MonkeyPatch.context() as patch, start(llama, max_cached_blocks=4) as llm:
+        patch.setattr(InfLLMImpl, "_copy_to_slot", lambda *args: None)
+        (got, *_) = prompt_logprobs(llm, prompts()[:1])
+    assert (got - in_place[0][0]).abs().max() > 0.01
