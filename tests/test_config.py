@@ -219,6 +219,22 @@ def test_repr_topk_above_the_block_size() -> None:
     assert "repr_topk=17" in message and "--block-size 16" in message and "lower repr_topk" in message
 
 
+def test_fewer_slots_than_units_retrieved() -> None:
+    """The units of one retrieval must be resident together; 0 slots are the other way out."""
+    message = refusal({"topk": 8, "max_cached_blocks": 7})
+    assert "max_cached_blocks=7" in message and "topk 8" in message and "raise it" in message and "set 0" in message
+    assert resolve({"topk": 8, "max_cached_blocks": 8}, 128, PLENTY).max_cached_blocks == 8
+    assert resolve({"topk": 8, "max_cached_blocks": 0}, 128, PLENTY).max_cached_blocks == 0
+
+
+@pytest.mark.parametrize(
+    ("slots", "n_init", "kept"), [(0, 128, 1), (0, 0, 1), (16, 128, 17), (16, 0, 16), (20, 384, 23)]
+)
+def test_kept_blocks_are_the_slots(slots: int, n_init: int, kept: int) -> None:
+    """A request keeps one block for its name, or as many as its slots: initial blocks and cached units."""
+    assert resolve({"max_cached_blocks": slots, "n_init": n_init}, 128, PLENTY).kept_blocks == kept
+
+
 # --- Trained length --------------------------------------------------------------------------------------------------
 
 

@@ -193,6 +193,7 @@ def scheduled_blocks(geometry: Geometry, prompt_len: int, budgets: list[int]) ->
     while start < prompt_len:
         budget = budgets[step] if step < len(budgets) else prompt_len
         end = geometry.chunk_end(start, min(start + budget, prompt_len), prompt_len)
+        assert end > start or step < len(budgets), "a budget for the whole prompt makes no progress"
         blocks += geometry.execution_blocks(start, end, prompt_len) if end > start else []
         start, step = end, step + 1
     return blocks

@@ -17,7 +17,7 @@ from vllm_infllm.memory.geometry import Geometry
 from vllm_infllm.memory.manager import InfLLMManager, InfLLMSpec
 
 
-def make_spec(geometry: Geometry, num_units: int) -> InfLLMSpec:
+def make_spec(geometry: Geometry, num_units: int, kept_blocks: int = 1) -> InfLLMSpec:
     return InfLLMSpec(
         block_size=geometry.block_size,
         num_kv_heads=1,
@@ -25,7 +25,7 @@ def make_spec(geometry: Geometry, num_units: int) -> InfLLMSpec:
         dtype=torch.float32,
         sliding_window=geometry.n_local,
         geometry=geometry,
-        kept_blocks=1,
+        kept_blocks=kept_blocks,
         num_units=num_units,
     )
 
@@ -41,6 +41,7 @@ class Request:
     num_in_flight_tokens: int = 0
     num_tokens: int = field(init=False)
     first_block: int | None = None
+    kept: list[int] = field(default_factory=list)
     peak: int = 0
 
     def __post_init__(self) -> None:
@@ -59,18 +60,17 @@ class Engine:
     """vLLM's KVCacheManager over one InfLLM group, with every promise checked after each step."""
 
     def __init__(
-        self, geometry: Geometry, num_blocks: int, num_units: int, step_tokens: int, max_model_len: int, in_flight: int
+        self, spec: InfLLMSpec, num_blocks: int, step_tokens: int, max_model_len: int, in_flight: int = 0
     ) -> None:
         """`in_flight` steps may be computed by the worker when the next one is scheduled (0: synchronous)."""
-        self.geometry, self.step_tokens, self.in_flight = geometry, step_tokens, in_flight
-        spec = make_spec(geometry, num_units)
+        self.spec, self.geometry, self.step_tokens, self.in_flight = spec, spec.geometry, step_tokens, in_flight
         most = step_tokens * (1 + in_flight)
         self.bound = spec.max_admission_blocks_per_request(most, max_model_len)
         self.kv = KVCacheManager(
             KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
             max_model_len=max_model_len,
-            scheduler_block_size=geometry.block_size,
-            hash_block_size=geometry.block_size,
+            scheduler_block_size=spec.block_size,
+            hash_block_size=spec.block_size,
             max_in_flight_tokens=most,
             enable_caching=False,
         )
@@ -125,7 +125,11 @@ class Engine:
         processed = computed - request.num_in_flight_tokens
         size = self.geometry.block_size
         needed = range(self.geometry.edge_start(processed) // size, -(-(computed + num_new) // size))
-        assert set(blocks) == {0, *needed}, "a block that is read was freed, or one that is not read is held"
+        kept = range(min(self.spec.kept_blocks, -(-(computed + num_new) // size)))
+        assert set(blocks) == {*kept, *needed}, "a block that is read was freed, or one that is not read is held"
+        if request.kept:
+            assert [blocks[i] for i in range(len(request.kept))] == request.kept, "a kept block was exchanged"
+        request.kept = [blocks[i] for i in kept]
         assert blocks[0] == request.first_block, "the first block names the request for life"
         assert len(blocks) <= self.bound
         request.peak = max(request.peak, len(blocks))
@@ -161,10 +165,10 @@ def engines(draw: st.DrawFn) -> tuple[Engine, int]:
     geometry = Geometry(block_size, block_size * draw(st.integers(0, 2)), n_local, exc)
     max_model_len = draw(st.integers(1, 120))
     step_tokens, in_flight = draw(st.integers(exc, 3 * exc)), draw(st.integers(0, 1))
-    bound = make_spec(geometry, 0).max_admission_blocks_per_request(step_tokens * (1 + in_flight), max_model_len)
+    spec = make_spec(geometry, geometry.stored_blocks(max_model_len) + draw(st.integers(0, 8)), draw(st.integers(1, 4)))
+    bound = spec.max_admission_blocks_per_request(step_tokens * (1 + in_flight), max_model_len)
     num_blocks = 1 + bound + draw(st.integers(0, 5 * bound))
-    num_units = geometry.stored_blocks(max_model_len) + draw(st.integers(0, 8))
-    return Engine(geometry, num_blocks, num_units, step_tokens, max_model_len, in_flight), max_model_len
+    return Engine(spec, num_blocks, step_tokens, max_model_len, in_flight), max_model_len
 
 
 @settings(max_examples=150, deadline=None)
@@ -222,15 +226,16 @@ def test_requests_come_grow_and_go(engine_and_length: tuple[Engine, int], seed: 
 PAPER = Geometry(block_size=128, n_init=128, n_local=4096, exc_block_size=512)
 
 
-def test_long_prompt_holds_exactly_the_bound() -> None:
+@pytest.mark.parametrize("kept_blocks", [1, 33])
+def test_long_prompt_holds_exactly_the_bound(kept_blocks: int) -> None:
     """32K tokens with the paper's sizes in steps that end inside blocks: the bound is met and never exceeded."""
     step = 2048 + 127
-    engine = Engine(PAPER, 1000, 300, step, 40000, in_flight=0)
+    engine = Engine(make_spec(PAPER, 300, kept_blocks), 1000, step, 40000)
     request = Request("long", 32768, 0)
     while not request.finished:
         assert engine.schedule(request, min(step, request.num_prompt_tokens - request.num_computed_tokens))
         engine.end_step()
-    assert request.peak == engine.bound == 1 + PAPER.window_blocks(step)
+    assert request.peak == engine.bound == kept_blocks + PAPER.window_blocks(step)
     assert len(engine.manager.units["long"]) == 224
 
 

@@ -60,6 +60,8 @@ class Shape:
     head_size: int = 8
     rotary_dim: int = 8
     attention_factor: float = 1.0
+    max_cached_blocks: int = 0
+    cache_strategy: str = "lru"
     max_len: int = 600
 
     @property
@@ -79,6 +81,11 @@ class Shape:
         cos, sin = self.cos_sin.chunk(2, dim=-1)
         return NeoxRope(self.head_size, cos=cos, sin=sin)
 
+    @property
+    def kept_blocks(self) -> int:
+        """Leading blocks that a request keeps for life: one, or the slots of its residency cache."""
+        return self.config.n_init // self.config.block_size + self.max_cached_blocks if self.max_cached_blocks else 1
+
     def geometry(self) -> Geometry:
         return Geometry(self.config.block_size, self.config.n_init, self.config.n_local, self.config.exc)
 
@@ -93,7 +100,7 @@ class Sequence:
     prompt_len: int
     output: Tensor = field(init=False)
     computed: int = 0
-    freed: int = 1  # leading blocks that are not held any more, were it not for the first, which is kept
+    freed: int = 0  # leading blocks that are not held any more, but for the kept ones
     table: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -119,6 +126,7 @@ class Layer:
         self.random = random.Random(seed)
         self.impl = make_impl(shape)
         self.impl.rope = RotaryTable(shape.cos_sin, neox=True)
+        self.impl.layer = 0
         cache_shape = (num_blocks, shape.kv_heads, self.config.block_size, 2 * shape.head_size)
         self.cache = torch.full(cache_shape, math.nan, dtype=dtype)
         self.impl.memory = LayerMemory.allocate(num_units, num_blocks, shape.heads, self.cache, shape.head_size)
@@ -159,12 +167,15 @@ class Layer:
         self.impl.forward(None, query, key, value, self.cache, metadata, output)
 
         for row, (sequence, count) in zip(rows, work, strict=True):
+            for cache in self.requests[row.first_block].residency.values():
+                cache.check_integrity()
             sequence.output[row.start : row.end] = output[row.offset : row.offset + count].float()
             sequence.computed += count
 
     def finish(self, sequence: Sequence) -> None:
         """Take blocks and units back."""
-        self._release([sequence.table[0], *sequence.table[sequence.freed :]])
+        kept = self.shape.kept_blocks
+        self._release(sequence.table[:kept] + sequence.table[max(kept, sequence.freed) :])
         units = self.requests.pop(sequence.table[0]).units
         for tensor in (self.impl.memory.keys, self.impl.memory.values, self.impl.memory.representatives):
             tensor[units] = math.nan
@@ -182,9 +193,9 @@ class Layer:
         return sequence.table[block] * self.config.block_size + offset
 
     def _free_stored(self, sequence: Sequence) -> None:
-        """Free all blocks but the first that end n_local or more tokens before the first token not yet computed."""
-        gone = max(1, (sequence.computed - self.config.n_local) // self.config.block_size)
-        self._release(sequence.table[sequence.freed : gone])
+        """Free the blocks, but for the kept ones, that end n_local or more tokens before the next token."""
+        gone = max(0, (sequence.computed - self.config.n_local) // self.config.block_size)
+        self._release(sequence.table[max(self.shape.kept_blocks, sequence.freed) : gone])
         sequence.freed = gone
 
     def _release(self, blocks: list[int]) -> None:
@@ -219,6 +230,8 @@ def make_impl(shape: Shape) -> "RecordingImpl":
             "topk": config.topk,
             "repr_topk": config.repr_topk,
             "exc_block_size": config.exc,
+            "max_cached_blocks": shape.max_cached_blocks,
+            "cache_strategy": shape.cache_strategy,
         }
     }
     with set_current_vllm_config(vllm_config):
@@ -234,22 +247,24 @@ class RecordingImpl(backend.InfLLMImpl):
         self.representatives: list[Tensor] = []  # per sealed unit [H, D]
         self.selections: list[tuple[Tensor, list[int]]] = []  # scores and units, where there was a choice
 
-    def _store(self, block: int, row: Row, kv_cache: Tensor) -> None:
-        super()._store(block, row, kv_cache)
-        if block >= self.geometry.init_blocks:
-            self.received.append(self.memory.received[row.block_table[block]].clone())
-            self.representatives.append(self.memory.representatives[row.request.units[block]].clone())
+    def forward(self, *args, **kwargs) -> Tensor:  # type: ignore[no-untyped-def]
+        select, represent = backend.ops.select, backend.ops.represent
 
-    def _retrieve(self, far_query, s, row):  # type: ignore[no-untyped-def]
-        def select(scores: Tensor, topk: int) -> Tensor:
-            units = original(scores, topk)
+        def noted_select(scores: Tensor, topk: int) -> Tensor:
+            units = select(scores, topk)
             self.selections.append((scores.clone(), units.tolist()))
             return units
 
+        def noted_represent(key: Tensor, received: Tensor, repr_topk: int) -> Tensor:
+            representative = represent(key, received, repr_topk)
+            self.received.append(received.clone())
+            self.representatives.append(representative.clone())
+            return representative
+
         with pytest.MonkeyPatch.context() as patch:
-            original = backend.ops.select
-            patch.setattr(backend.ops, "select", select)
-            return super()._retrieve(far_query, s, row)
+            patch.setattr(backend.ops, "select", noted_select)
+            patch.setattr(backend.ops, "represent", noted_represent)
+            return super().forward(*args, **kwargs)
 
 
 # --- Comparison with the oracle --------------------------------------------------------------------------------------
@@ -302,19 +317,21 @@ def shapes(draw: st.DrawFn) -> Shape:
     """MHA, GQA and MQA, with small sizes and every relation of the sizes to each other."""
     block_size = draw(st.sampled_from([2, 4, 8]))
     n_local = block_size * draw(st.integers(1, 5))
-    n_init = block_size * draw(st.integers(0, 2))
     config = OracleConfig(
         block_size=block_size,
-        n_init=n_init,
+        n_init=block_size * draw(st.integers(0, 2)),
         n_local=n_local,
-        topk=draw(st.integers(0 if n_init else 1, 4)),
+        topk=draw(st.integers(0, 4)),
         repr_topk=draw(st.integers(1, block_size)),
         exc=draw(st.integers(1, n_local)),
     )
     kv_heads, group = draw(st.sampled_from([(1, 1), (2, 1), (1, 4), (2, 2), (3, 1), (2, 3)]))
     head_size, rotary_dim = draw(st.sampled_from([(4, 4), (8, 8), (12, 12), (12, 4), (16, 8)]))
     factor = draw(st.sampled_from([1.0, 1.3]))
-    return Shape(config, kv_heads * group, kv_heads, head_size, rotary_dim, factor)
+    # As many slots as units retrieved, or some more; without slots, units are read where they are.
+    slots = draw(st.sampled_from([0, config.topk, config.topk + 1, config.topk + 3]))
+    strategy = draw(st.sampled_from(["lru", "fifo", "lru-s"]))
+    return Shape(config, kv_heads * group, kv_heads, head_size, rotary_dim, factor, slots, strategy)
 
 
 @settings(max_examples=60, deadline=None)
@@ -469,6 +486,20 @@ def test_warm_up_attends_to_nothing() -> None:
         assert (output == 0).all() and layer.cache.isnan().all()
 
 
+def test_attention_of_stored_tokens_is_summed_over_queries() -> None:
+    """`stored_received` is what the queries of the block gave each stored token; one-hot values make the output that."""
+    generator = torch.Generator().manual_seed(12)
+    query, far_query = (torch.randn(5, 6, 8, generator=generator) for _ in range(2))
+    paged_key, stored_key = (torch.randn(n, 2, 8, generator=generator) for n in (40, 8))
+    stored_value = torch.eye(8)[:, None].expand(-1, 2, -1)
+    mass = torch.full((6, 8), math.nan)
+    rope = RotaryTable(STANDARD.cos_sin, neox=True)
+    paged = (query, 99, paged_key, torch.zeros(40, 2, 8), 64, 32, 0.5, rope)
+    output, received = ops.attend(*paged, far_query, stored_key, stored_value, mass)
+    torch.testing.assert_close(mass, output.sum(0), rtol=0, atol=1e-5)
+    assert 0 < mass.sum() < query[..., 0].numel() - received.sum()  # the edge has its share, too
+
+
 # --- Ties ------------------------------------------------------------------------------------------------------------
 
 
@@ -512,7 +543,7 @@ def shifted_window(offset: int) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def double_counting(  # type: ignore[no-untyped-def]
-    query, start, paged_key, paged_value, paged_start, n_local, scale, rope, far_query, stored_key, stored_value
+    query, start, paged_key, paged_value, paged_start, n_local, scale, rope, far_query, stored_key, stored_value, *rest
 ) -> tuple[Tensor, Tensor]:
     """`attend` with the fault of the authors' code: the far part ends where the window of the last query begins."""
     end = start + len(query)

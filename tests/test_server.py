@@ -1,6 +1,7 @@
 """`vllm serve MODEL --attention-backend infllm`, as an operator starts it, with the OpenAI client."""
 
 import asyncio
+import os
 import signal
 import socket
 import subprocess
@@ -41,11 +42,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         port = probe.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log"
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(demo_model()), "--attention-backend", "infllm"]
+    # vLLM binds its own threads to cores; let it have all of them.
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     with log.open("w") as out:
         process = subprocess.Popen(
             [*command, "--max-model-len", "32768", "--port", str(port), "--dtype", demo_dtype()],
             stdout=out,
             stderr=subprocess.STDOUT,
+            env={**env, "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"},
         )
     try:
         _wait_until_up(f"http://127.0.0.1:{port}/health", process, log)

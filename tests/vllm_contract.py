@@ -104,7 +104,7 @@ vllm.config.cache:CacheConfig -- refused: quantized; worker/cpu.py sizes the cac
     has cache_dtype kv_cache_memory_bytes num_gpu_blocks
 vllm.config.scheduler:SchedulerConfig -- sizes are checked, our scheduler is set
     has long_prefill_token_threshold disable_hybrid_kv_cache_manager max_num_batched_tokens async_scheduling
-        scheduler_cls max_num_seqs
+        scheduler_cls max_num_seqs max_num_scheduled_tokens
 vllm.config.parallel:ParallelConfig -- more than one device is refused, our worker is set
     has tensor_parallel_size pipeline_parallel_size data_parallel_size decode_context_parallel_size enable_dbo
         worker_cls
@@ -241,6 +241,15 @@ vllm.v1.worker.cpu_worker:CPUWorker -- InfLLMCPUWorker
     overrides load_model(self, *, load_dummy_weights)
     overrides get_kv_cache_spec(self)
     has vllm_config model_runner
+vllm.utils.cpu_resource_utils:get_memory_node_info -- worker/cpu.py: the memory that the plan divides
+    calls get_memory_node_info(node_id)
+vllm.utils.cpu_resource_utils:MemoryNodeInfo -- worker/cpu.py
+    has total_memory available_memory
+vllm.utils.cpu_resource_utils:get_allowed_cpu_list -- worker/cpu.py: the first core tells the memory node
+vllm.utils.cpu_resource_utils:LogicalCPUInfo -- worker/cpu.py
+    has numa_node
+vllm.utils.cpu_resource_utils:get_cgroup_memory_limit -- worker/gpu.py
+vllm.utils.cpu_resource_utils:get_cgroup_memory_usage -- worker/gpu.py
 vllm.v1.engine.core:EngineCore._initialize_kv_caches -- specs, with which the plan is made, before memory
     does self.model_executor.get_kv_cache_specs, self.model_executor.determine_available_memory
 vllm.v1.worker.gpu_model_runner:GPUModelRunner -- V1

@@ -285,6 +285,11 @@ def _check_config(config: "VllmConfig") -> None:
             f"raise it to at least {exc}",
         ),
         (
+            (scheduler.max_num_scheduled_tokens or exc) < exc,
+            f"max_num_scheduled_tokens {scheduler.max_num_scheduled_tokens} below exc_block_size {exc}",
+            f"raise it to at least {exc}",
+        ),
+        (
             0 < threshold < exc,
             f"--long-prefill-token-threshold {threshold} below exc_block_size {exc}",
             f"raise it to at least {exc}",

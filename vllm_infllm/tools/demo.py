@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from vllm_infllm.plugin import unsupported_vllm
 from vllm_infllm.tools import CommandError
 from vllm_infllm.tools.demo_report import Trial, report
 from vllm_infllm.tools.demo_worker import Answer, Job
@@ -48,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Ask both sides, print the table."""
+    if unsupported := unsupported_vllm():
+        raise CommandError(unsupported)
     console = Console()
     model = args.model or str(demo_model())
     trials = _trials(model, args)

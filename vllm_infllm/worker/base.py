@@ -1,11 +1,11 @@
 """What InfLLM adds to a worker: rotary tables are bound and extended when the model has been loaded, and the memory
 plan is made when its layers are known."""
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import psutil
 import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
@@ -77,15 +77,13 @@ class InfLLMWorker:
         config = InfLLMConfig(**self.vllm_config.additional_config[KEY])
         for name in impls:
             specs[name] = InfLLMSpec.of(specs[name], config)
-        memory = psutil.virtual_memory()
         self.sizes = _sizes(specs, impls, self.vllm_config)
         self.plan = make_plan(
             config,
             self.sizes,
             self.vllm_config.scheduler_config.max_num_seqs,
             self.vllm_config.model_config.max_model_len,
-            memory.total,
-            memory.available,
+            *self._host_memory(),
             self._user_paged_bytes(),
             self._shares_host_memory,
         )
@@ -94,6 +92,10 @@ class InfLLMWorker:
             name: replace(spec, num_units=self.plan.num_units) if isinstance(spec, InfLLMSpec) else spec
             for name, spec in specs.items()
         }
+
+    @abstractmethod
+    def _host_memory(self) -> tuple[int, int]:
+        """Bytes of host memory that this process may use: all, and what is free."""
 
     def _user_paged_bytes(self) -> int | None:
         return self.vllm_config.cache_config.kv_cache_memory_bytes

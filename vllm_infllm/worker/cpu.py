@@ -3,6 +3,7 @@
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -21,6 +22,11 @@ class InfLLMCPUWorker(InfLLMWorker, CPUWorker):
         # that the cache is not to be sized by that; the plan replaces it before it is used.
         cache.kv_cache_memory_bytes = cache.kv_cache_memory_bytes or 1
         super().__init__(vllm_config, *args, **kwargs)
+
+    def _host_memory(self) -> tuple[int, int]:
+        # vLLM binds the worker to the memory node of its first core; limits of a container are taken into account.
+        node = get_memory_node_info(get_allowed_cpu_list()[0].numa_node)
+        return node.total_memory, node.available_memory
 
     def _user_paged_bytes(self) -> int | None:
         return self._given_paged_bytes
