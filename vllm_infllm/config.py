@@ -40,7 +40,7 @@ class InfLLMConfig(BaseModel):
     """Which resident unit leaves first: least recently used, first in, or least decayed attention mass."""
     score_decay: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Decay of the attention mass of `lru-s` for each execution block."""
-    host_memory_gib: Annotated[float, Field(gt=0)] | None = None
+    host_memory_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Host memory for units; by default what is free at startup, less a reserve."""
     block_size: _Positive = DEFAULT_BLOCK_SIZE
     """Unit size: vLLM's --block-size. Not a key of its own."""
@@ -70,8 +70,15 @@ def resolve(user: Any, block_size: int, trained_len: int) -> InfLLMConfig:
         ConfigError: naming the field, its value and what to do.
     """
     given = _checked_keys(user)
-    config = _fitted(_parse({**given, "block_size": block_size}), given, trained_len)
-    _check_sizes(config, trained_len)
+    parsed = _parse({**given, "block_size": block_size})
+    if "n_local" not in given and block_size > parsed.n_local:
+        raise ConfigError(
+            f"--block-size {block_size} is larger than the default window of {parsed.n_local} tokens: lower it, or set "
+            f'--additional-config "{KEY}": n_local.'
+        )
+    config = _fitted(parsed, given, trained_len)
+    _check_sizes(config)
+    _check_span(config, given, trained_len)
     return config
 
 
@@ -128,7 +135,7 @@ def _fitted(config: InfLLMConfig, given: dict[str, Any], trained_len: int) -> In
     return candidate
 
 
-def _check_sizes(config: InfLLMConfig, trained_len: int) -> None:
+def _check_sizes(config: InfLLMConfig) -> None:
     for name in ("n_init", "n_local"):
         value = getattr(config, name)
         if value % config.block_size:
@@ -150,12 +157,20 @@ def _check_sizes(config: InfLLMConfig, trained_len: int) -> None:
             f"{_field('max_cached_blocks', config.max_cached_blocks)} is below topk {config.topk}, and all retrieved "
             "units must be resident at once: raise it, or set 0 to read units from host memory in place."
         )
-    if _span(config) > trained_len:
-        raise ConfigError(
-            f"{_field('n_local', config.n_local)}: n_init {config.n_init} + n_local {config.n_local} + --block-size "
-            f"{config.block_size} + exc_block_size {config.exc_block_size} = {_span(config)} tokens are more than "
-            f"the {trained_len} that the model was trained for: lower n_local, exc_block_size or --block-size."
-        )
+
+
+def _check_span(config: InfLLMConfig, given: dict[str, Any], trained_len: int) -> None:
+    """The model must have been trained on all distances that it meets."""
+    if _span(config) <= trained_len:
+        return
+    ours = {name: getattr(config, name) for name in ("n_init", "n_local", "exc_block_size") if name in given}
+    largest = max(ours, key=ours.__getitem__, default=None)
+    blamed = _field(largest, ours[largest]) if largest else f"--block-size {config.block_size}"
+    raise ConfigError(
+        f"{blamed}: n_init {config.n_init} + n_local {config.n_local} + --block-size {config.block_size} + "
+        f"exc_block_size {config.exc_block_size} = {_span(config)} tokens are more than the {trained_len} that the "
+        f"model was trained for: lower {' or '.join([*ours, '--block-size'])}."
+    )
 
 
 def _field(name: str, value: Any) -> str:

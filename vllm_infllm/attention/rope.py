@@ -73,6 +73,7 @@ def extend(rope: torch.nn.Module, max_len: int) -> None:
     old = rope.cos_sin_cache
     if old.shape[0] >= max_len:
         return
+    check_supported(rope)
     with torch.device(old.device):
         new = _table(rope, max_len).to(old.dtype)
     if not torch.equal(new[: old.shape[0]], old):

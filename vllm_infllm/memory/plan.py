@@ -69,18 +69,24 @@ def make_plan(
     unit_bytes = sizes.unit + (sizes.representative if shares_host_memory else 0)
     units_request = config.geometry.stored_blocks(max_model_len)
 
+    left = free_memory
+    remedy = "free memory on this machine"
     if shares_host_memory:
         if paged_bytes is None:
             # One more than the sequences: vLLM keeps a null block back.
             wanted = (max_num_seqs + 1) * sizes.paged_request
             paged_bytes = max(2 * sizes.paged_request, min(wanted, int(budget * PAGED_SHARE / overhead)))
+        else:
+            remedy = f"lower --kv-cache-memory-bytes {paged_bytes}"
         budget -= int(paged_bytes * overhead)
+        left -= int(paged_bytes * overhead)
+    pool_bytes = max(0, budget)
     if config.host_memory_gib is not None:
+        field = f'--additional-config "{KEY}": host_memory_gib={config.host_memory_gib}'
         pool_bytes = int(config.host_memory_gib * GIB)
-        remedy = f'raise --additional-config "{KEY}": host_memory_gib={config.host_memory_gib}'
-    else:
-        pool_bytes = max(0, budget)
-        remedy = "free memory on this machine"
+        remedy = f"raise {field}"
+        if pool_bytes > left:
+            raise ConfigError(f"{field} is more than the {max(0, left) / GIB:.2f} GiB that are free: lower it.")
     num_units = min(pool_bytes // unit_bytes, max_num_seqs * units_request)
     if num_units < units_request:
         need, have = units_request * unit_bytes / GIB, pool_bytes / GIB

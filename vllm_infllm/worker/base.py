@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
+from vllm.model_executor.layers import rotary_embedding
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from vllm_infllm import __version__
@@ -20,6 +20,7 @@ from vllm_infllm.memory.manager import InfLLMSpec
 from vllm_infllm.memory.plan import MemoryPlan, MemorySizes, make_plan
 
 logger = init_logger(f"vllm.{__name__}")
+ROPES = rotary_embedding.__name__
 
 
 def infllm_impls(vllm_config: VllmConfig) -> dict[str, InfLLMImpl]:
@@ -40,7 +41,7 @@ def bind_rope(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
     tables: dict[str, torch.nn.Module] = {}
     for name in impls:
         parent = modules.get(name.rpartition(".")[0])
-        ropes = [m for m in parent.children() if isinstance(m, RotaryEmbeddingBase)] if parent is not None else []
+        ropes = [child for child in parent.children() if _is_rope(child)] if parent is not None else []
         if len(ropes) != 1:
             raise ConfigError(
                 f"InfLLM needs rotary positions, and layer {name} has {len(ropes)} rotary modules beside it: models "
@@ -50,10 +51,15 @@ def bind_rope(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
         rope.check_supported(ropes[0])
         tables[name] = ropes[0]
     for module in modules.values():
-        if isinstance(module, RotaryEmbeddingBase):
+        if _is_rope(module) and hasattr(module, "cos_sin_cache"):
             rope.extend(module, max_len)
     for name, impl in impls.items():
         impl.rope = rope.RotaryTable(tables[name].cos_sin_cache, tables[name].is_neox_style)
+
+
+def _is_rope(module: torch.nn.Module) -> bool:
+    """Whether it is a rotary module of vLLM; not all of them share a base class."""
+    return type(module).__module__.startswith(ROPES) and type(module).__name__.endswith("RotaryEmbedding")
 
 
 class InfLLMWorker:
