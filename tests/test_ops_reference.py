@@ -487,7 +487,7 @@ def test_warm_up_attends_to_nothing() -> None:
 
 
 def test_attention_of_stored_tokens_is_summed_over_queries() -> None:
-    """`stored_received` is what the queries of the block gave each stored token; one-hot values make the output that."""
+    """`stored_received` is what the queries of the block gave each stored token; read by one-hot values."""
     generator = torch.Generator().manual_seed(12)
     query, far_query = (torch.randn(5, 6, 8, generator=generator) for _ in range(2))
     paged_key, stored_key = (torch.randn(n, 2, 8, generator=generator) for n in (40, 8))
