@@ -133,6 +133,7 @@ def _complete_engine_args() -> None:
         _complete_args(self)
         vllm_config = create_engine_config(self, *args, **kwargs)
         _check_config(vllm_config)
+        _warn_of_waiting_prompts(vllm_config)
         _complete_config(vllm_config)
         return vllm_config
 
@@ -298,6 +299,21 @@ def _check_config(config: "VllmConfig") -> None:
     for refused, what, remedy in refusals:
         if refused:
             raise ConfigError(f"--attention-backend infllm does not support {what}: {remedy}.")
+
+
+def _warn_of_waiting_prompts(config: "VllmConfig") -> None:
+    """Prefill goes in whole execution blocks: say so if decoding requests can leave too little budget for one."""
+    from vllm.logger import init_logger
+
+    scheduler, exc = config.scheduler_config, config.additional_config[KEY]["exc_block_size"]
+    if scheduler.max_num_batched_tokens < exc + scheduler.max_num_seqs - 1:
+        init_logger(f"vllm.{__name__}").warning(
+            "InfLLM: --max-num-batched-tokens %d is less than exc_block_size %d + --max-num-seqs %d - 1: while many "
+            "requests decode, prompts wait.",
+            scheduler.max_num_batched_tokens,
+            exc,
+            scheduler.max_num_seqs,
+        )
 
 
 def _complete_config(config: "VllmConfig") -> None:

@@ -70,10 +70,10 @@ def extend(rope: torch.nn.Module, max_len: int) -> None:
         ConfigError: if the rope type has no table that can be continued, or if continuing it would change the rows
             that are there already.
     """
-    old = rope.cos_sin_cache
-    if old.shape[0] >= max_len:
+    if hasattr(rope, "cos_sin_cache") and rope.cos_sin_cache.shape[0] >= max_len:
         return
     check_supported(rope)
+    old = rope.cos_sin_cache
     with torch.device(old.device):
         new = _table(rope, max_len).to(old.dtype)
     if not torch.equal(new[: old.shape[0]], old):

@@ -8,11 +8,11 @@ One vLLM block holds B tokens and is one unit. Seen from an execution block [s, 
                |<-------------- stored ----------------------------->|<---- paged cache ------>|
                                                                      ^ edge_start(s)
 
-A *stored* block lies wholly outside the window of token s: its un-rotated keys and its values are in the host store.
-The first n_init/B stored blocks are the initial tokens (always attended); stored block b >= n_init/B is the sealed
-unit u = b - n_init/B. Tokens from `edge_start` on are read from the paged cache: with their rotation where they are
-inside a query's window (local part), without it where they have left it (remainder part, and initial tokens whose
-block is not stored yet).
+A *stored* block lies wholly outside the window of token s - 1, and so of s and all later ones: its un-rotated keys and
+its values are in the host store. The first n_init/B stored blocks are the initial tokens (always attended); block
+b >= n_init/B is the sealed unit u = b - n_init/B. Tokens from `edge_start` on are read from the paged cache: with their
+rotation where they are inside a query's window (local part), without it where they have left it (remainder part, and
+initial tokens whose block is not stored yet).
 """
 
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class Geometry:
         return self.n_init // self.block_size
 
     def stored_blocks(self, s: int) -> int:
-        """Number of leading blocks that lie wholly outside the window of token s."""
+        """Number of leading blocks that lie wholly outside the window of token s - 1."""
         return max(0, (s - self.n_local) // self.block_size)
 
     def sealed_units(self, s: int) -> int:

@@ -1,6 +1,7 @@
 """What InfLLM adds to a worker: rotary tables are bound and extended when the model has been loaded, and the memory
 plan is made when its layers are known."""
 
+import itertools
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,7 +10,6 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.model_executor.layers import rotary_embedding
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from vllm_infllm import __version__
@@ -20,7 +20,7 @@ from vllm_infllm.memory.manager import InfLLMSpec
 from vllm_infllm.memory.plan import MemoryPlan, MemorySizes, make_plan
 
 logger = init_logger(f"vllm.{__name__}")
-ROPES = rotary_embedding.__name__
+ROPES = "vllm.model_executor.layers.rotary_embedding"
 
 
 def infllm_impls(vllm_config: VllmConfig) -> dict[str, InfLLMImpl]:
@@ -30,18 +30,20 @@ def infllm_impls(vllm_config: VllmConfig) -> dict[str, InfLLMImpl]:
 
 
 def bind_rope(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
-    """Extend every rotary table of the model to max_model_len and hand each InfLLM layer the table of its queries.
+    """Extend the rotary tables of all attention layers to max_model_len, and hand each InfLLM layer its own.
 
     Raises:
         ConfigError: if a table cannot be extended, or a layer's rotary module cannot be told.
     """
-    max_len = vllm_config.model_config.max_model_len
     impls = infllm_impls(vllm_config)
     modules = dict(model.named_modules())
-    tables: dict[str, torch.nn.Module] = {}
+    beside = {
+        name: [child for child in modules[name.rpartition(".")[0]].children() if _is_rope(child)]
+        for name in vllm_config.compilation_config.static_forward_context
+        if name.rpartition(".")[0] in modules
+    }
     for name in impls:
-        parent = modules.get(name.rpartition(".")[0])
-        ropes = [child for child in parent.children() if _is_rope(child)] if parent is not None else []
+        ropes = beside.get(name, [])
         if len(ropes) != 1:
             raise ConfigError(
                 f"InfLLM needs rotary positions, and layer {name} has {len(ropes)} rotary modules beside it: models "
@@ -49,17 +51,16 @@ def bind_rope(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
                 "infllm."
             )
         rope.check_supported(ropes[0])
-        tables[name] = ropes[0]
-    for module in modules.values():
-        if _is_rope(module) and hasattr(module, "cos_sin_cache"):
-            rope.extend(module, max_len)
+    for module in itertools.chain.from_iterable(beside.values()):
+        rope.extend(module, vllm_config.model_config.max_model_len)
     for name, impl in impls.items():
-        impl.rope = rope.RotaryTable(tables[name].cos_sin_cache, tables[name].is_neox_style)
+        (module,) = beside[name]
+        impl.rope = rope.RotaryTable(module.cos_sin_cache, module.is_neox_style)
 
 
 def _is_rope(module: torch.nn.Module) -> bool:
     """Whether it is a rotary module of vLLM; not all of them share a base class."""
-    return type(module).__module__.startswith(ROPES) and type(module).__name__.endswith("RotaryEmbedding")
+    return type(module).__module__.startswith(ROPES) and "RotaryEmbedding" in type(module).__name__
 
 
 class InfLLMWorker:
