@@ -14,7 +14,7 @@ export VLLM_NO_USAGE_STATS := 1
 
 env: $(READY)
 
-$(READY): requirements/cpu.lock requirements/vllm-cpu-metadata/pyproject.toml pyproject.toml setup.py
+$(READY): requirements/cpu.lock requirements/vllm-cpu-metadata/pyproject.toml pyproject.toml setup.py $(wildcard csrc/cpu/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --no-deps -r requirements/cpu.lock
 	$(BIN)/pip install --no-deps --no-build-isolation requirements/vllm-cpu-metadata
@@ -34,6 +34,6 @@ lint: env
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv build dist *.egg-info requirements/vllm-cpu-metadata/build requirements/vllm-cpu-metadata/*.egg-info
+	rm -rf .venv build dist vllm_infllm/*.so *.egg-info requirements/vllm-cpu-metadata/build requirements/vllm-cpu-metadata/*.egg-info
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find vllm_infllm tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -13,8 +13,8 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from vllm_infllm import __version__
-from vllm_infllm.config import DEFAULT_BLOCK_SIZE, KEY, ConfigError, explain_shrinking, resolve
+from vllm_infllm import __version__, ops
+from vllm_infllm.config import DEFAULT_BLOCK_SIZE, KEY, ConfigError, InfLLMConfig, explain_shrinking, resolve
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -231,7 +231,23 @@ def _resolve_config(args: "EngineArgs", model_config: "ModelConfig") -> None:
         init_logger(f"vllm.{__name__}").info(
             "InfLLM: defaults shrunk to fit a model trained on %d tokens: %s.", model_config.max_model_len, shrunk
         )
-    args.additional_config = {**given, KEY: _Resolved(config.model_dump())}
+    name = _ops(config)
+    unsupported = ops.load(name).check(model_config.get_head_size(), config.block_size)
+    if unsupported:
+        raise ConfigError(unsupported)
+    args.additional_config = {**given, KEY: _Resolved({**config.model_dump(), "ops": name})}
+
+
+def _ops(config: InfLLMConfig) -> ops.OpsName:
+    """The implementation of the operations: what was asked for, else the platform's."""
+    from vllm.platforms import current_platform
+
+    if config.ops == "cpu" and not current_platform.is_cpu():
+        raise ConfigError(
+            f"--additional-config \"{KEY}\": ops='cpu' needs the CPU platform, and this is "
+            f"{current_platform.device_name}: remove it."
+        )
+    return config.ops or ("cpu" if current_platform.is_cpu() else "reference")
 
 
 class _Resolved(dict[str, Any]):

@@ -16,7 +16,7 @@ from vllm_infllm.config import ConfigError
 class RotaryTable:
     """cos and sin of one rotary module.
 
-    cos_sin: [max_position, rotary_dim], cosines then sines, in the model's dtype.
+    cos_sin: [max_position, rotary_dim] float32, cosines then sines, as rounded to the model's dtype.
     neox: pairs are (i, i + rotary_dim/2); otherwise (2i, 2i + 1).
     """
 
@@ -43,11 +43,11 @@ class RotaryTable:
         table, goes into the query.
         """
         far = self.rotate(self.unrotate(x, positions), torch.tensor([n_local - 1], device=x.device))
-        far[..., : self.cos_sin.shape[1]] *= self.cos_sin[0, 0].float()
+        far[..., : self.cos_sin.shape[1]] *= self.cos_sin[0, 0]
         return far
 
     def _rows(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        cos, sin = self.cos_sin[positions].float()[:, None, :].chunk(2, dim=-1)
+        cos, sin = self.cos_sin[positions][:, None, :].chunk(2, dim=-1)
         return cos, sin
 
     def _apply(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

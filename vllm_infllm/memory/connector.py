@@ -137,13 +137,13 @@ class InfLLMConnector(KVConnectorBase_V1, SupportsHMA):
                     admission.prompt_len, admission.outgrows_window
                 )
             for first_block, units in update.new_units:
-                self._requests[group][first_block].units.extend(units)
+                self._requests[group][first_block].give(units)
         # Model runner V2 builds the metadata outside the forward context and passes it along.
         per_layer = kwargs.get("attn_metadata") or forward_context.attn_metadata or {}
         for name, group in self._group_of_layer.items():
             attention = per_layer.get(name)
             if isinstance(attention, InfLLMMetadata) and not attention.planned:
-                attention.plan(self._requests[group], self.config.geometry)
+                attention.plan(self._requests[group], self.config.geometry, self.config.topk)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         pass

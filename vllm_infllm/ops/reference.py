@@ -1,27 +1,117 @@
-"""The operations in plain torch: the readable reference.
+"""The operations in plain torch, one row after another: the readable reference. All arithmetic is float32.
 
-Shapes: T queries, H query heads, KH key/value heads, G = H / KH, D head size, B tokens a block.
-All arithmetic is float32.
+Packing: token by token, [B, D] for each head.
 """
 
 import torch
 
 from vllm_infllm.attention.rope import RotaryTable
+from vllm_infllm.memory.store import LayerMemory
+from vllm_infllm.ops.interface import ExecutionBlocks, LayerSettings, Leaving, Row, halves
+
+
+def check(head_size: int, block_size: int) -> str | None:
+    """Every size can be run."""
+    return None
+
+
+def describe() -> str:
+    return "reference (torch)"
 
 
 def write(cache: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
-    """Write key, value [N, KH, D] to slots [N] of the paged cache [num_blocks, KH, B, 2D]: keys, then values."""
-    block_size, head_size = cache.shape[2], key.shape[2]
-    block, offset = slots // block_size, slots % block_size
-    cache[block, :, offset, :head_size] = key
-    cache[block, :, offset, head_size:] = value
+    keys, values = halves(cache)
+    block, offset = slots // cache.shape[2], slots % cache.shape[2]
+    keys[block, :, offset] = key
+    values[block, :, offset] = value
 
 
-def read(cache: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values [N, KH, D] float32 of the tokens of `blocks` [N / B] of the paged cache."""
-    tokens = cache[blocks].transpose(1, 2).flatten(0, 1).float()
-    key, value = tokens.chunk(2, dim=-1)
-    return key, value
+def select(
+    blocks: ExecutionBlocks,
+    settings: LayerSettings,
+    rope: RotaryTable,
+    query: torch.Tensor,
+    representatives: torch.Tensor,
+) -> torch.Tensor:
+    chosen = torch.full((len(blocks.rows), blocks.num_chosen), -1, dtype=torch.int64, device=query.device)
+    for i, row in enumerate(blocks.rows.tolist()):
+        units = blocks.units[row[Row.UNITS] : row[Row.UNITS] + row[Row.STORED]]
+        initial, sealed = units[: settings.init_blocks], units[settings.init_blocks :]
+        if len(sealed) > settings.topk:
+            far_query = rope.far(query[_tokens(row)], _positions(row, query), settings.n_local)
+            sealed = sealed[top(score(far_query, representatives[sealed]), settings.topk)]
+        chosen[i, : len(initial) + len(sealed)] = torch.cat([initial, sealed])
+    return chosen
+
+
+def attend(
+    blocks: ExecutionBlocks,
+    settings: LayerSettings,
+    rope: RotaryTable,
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    memory: LayerMemory,
+    chosen: torch.Tensor,
+    slots: torch.Tensor | None,
+    output: torch.Tensor,
+    mass: torch.Tensor | None,
+) -> None:
+    block_size = cache.shape[2]
+    keys, values = halves(cache)
+    for i, row in enumerate(blocks.rows.tolist()):
+        start, end, edge = row[Row.START], row[Row.END], row[Row.EDGE]
+        tokens = _tokens(row)
+        paged = blocks.block_table[row[Row.TABLE], edge // block_size : -(-end // block_size)].long()
+        far_query = stored_key = stored_value = None
+        count = int((chosen[i] >= 0).sum())
+        if end > settings.n_local:
+            far_query = rope.far(query[tokens], _positions(row, query), settings.n_local)
+        if count:
+            source = (memory.keys, memory.values, chosen) if slots is None else (keys, values, slots)
+            stored_key, stored_value = (_by_token(x[source[2][i, :count]].to(cache.device)) for x in source[:2])
+        output[tokens], received, stored_received = attend_one(
+            query[tokens],
+            start,
+            _by_token(keys[paged])[: end - edge],
+            _by_token(values[paged])[: end - edge],
+            edge,
+            settings.n_local,
+            settings.scale,
+            rope,
+            far_query,
+            stored_key,
+            stored_value,
+        )
+        if row[Row.ACCUMULATE]:
+            accumulate(memory.received, paged, edge, start, received)
+        if mass is not None and stored_received is not None:
+            mass[i, :count] = stored_received.sum(0).unflatten(0, (count, block_size)).sum(1)
+
+
+def seal(
+    blocks: ExecutionBlocks,
+    settings: LayerSettings,
+    rope: RotaryTable,
+    cache: torch.Tensor,
+    memory: LayerMemory,
+) -> None:
+    keys, values = halves(cache)
+    block_size = cache.shape[2]
+    for row in blocks.leaving.tolist():
+        physical, block, unit = row[Leaving.PHYSICAL], row[Leaving.BLOCK], row[Leaving.UNIT]
+        positions = torch.arange(block * block_size, (block + 1) * block_size, device=cache.device)
+        key = rope.unrotate(keys[physical].transpose(0, 1), positions)
+        memory.keys[unit] = key.transpose(0, 1)
+        memory.values[unit] = values[physical]
+        if row[Leaving.IS_UNIT]:
+            memory.representatives[unit] = represent(key, memory.received[physical], settings.repr_topk)
+
+
+def unpack(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return keys, values
+
+
+# ---- the operations on one execution block: T queries ----------------------------------------------------------------
 
 
 def score(far_queries: torch.Tensor, representatives: torch.Tensor) -> torch.Tensor:
@@ -32,13 +122,13 @@ def score(far_queries: torch.Tensor, representatives: torch.Tensor) -> torch.Ten
     return torch.einsum("hd,uhd->u", far_queries.mean(0), representatives.float())
 
 
-def select(scores: torch.Tensor, topk: int) -> torch.Tensor:
+def top(scores: torch.Tensor, topk: int) -> torch.Tensor:
     """The topk units with the highest scores [U], ascending [min(topk, U)] int64; on equal scores the lower unit."""
     best = torch.sort(scores, descending=True, stable=True).indices[:topk]
     return best.sort().values
 
 
-def attend(
+def attend_one(
     query: torch.Tensor,
     start: int,
     paged_key: torch.Tensor,
@@ -50,8 +140,7 @@ def attend(
     far_query: torch.Tensor | None = None,
     stored_key: torch.Tensor | None = None,
     stored_value: torch.Tensor | None = None,
-    stored_received: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """One softmax over the local, initial, remainder and retrieved tokens of an execution block.
 
     Args:
@@ -59,11 +148,10 @@ def attend(
         paged_key, paged_value: [N, KH, D] tokens paged_start .. start + T - 1 of the paged cache, keys rotated.
         far_query: [T, H, D] rotated to the far position; None while every token is inside the window.
         stored_key, stored_value: [M, KH, D] tokens of the stored blocks attended to, keys un-rotated.
-        stored_received: [H, M] float32, written if given: the attention that each of those tokens received.
 
     Returns:
-        output [T, H, D] float32, and the attention that each paged token received from queries that had it in
-        their window, [H, N] float32.
+        output [T, H, D] float32; the attention that each paged token received from queries that had it in their window
+        [H, N] float32; the attention that each stored token received [H, M] float32.
     """
     num_queries, num_heads, _ = query.shape
     num_paged, kv_heads, head_size = paged_key.shape
@@ -78,6 +166,9 @@ def attend(
 
     output = torch.empty((num_queries, num_heads, head_size), dtype=torch.float32, device=query.device)
     received = torch.empty((num_heads, num_paged), dtype=torch.float32, device=query.device)
+    stored_received = None
+    if stored_key is not None:
+        stored_received = torch.empty((num_heads, len(stored_key)), dtype=torch.float32, device=query.device)
     group = num_heads // kv_heads
     for head in range(kv_heads):
         heads = slice(head * group, (head + 1) * group)
@@ -98,7 +189,7 @@ def attend(
         received[heads] = (weight.mT @ local).squeeze(1)
         if stored_received is not None:
             stored_received[heads] = (weight.mT @ parts[-1]).squeeze(1)
-    return output, received
+    return output, received, stored_received
 
 
 def accumulate(received: torch.Tensor, blocks: torch.Tensor, paged_start: int, start: int, new: torch.Tensor) -> None:
@@ -123,6 +214,20 @@ def represent(key: torch.Tensor, received: torch.Tensor, repr_topk: int) -> torc
     tokens = torch.sort(received, dim=1, descending=True, stable=True).indices[:, :repr_topk]
     per_head = key.transpose(0, 1).repeat_interleave(num_heads // kv_heads, dim=0)  # [H, B, D]
     return per_head.gather(1, tokens[..., None].expand(-1, -1, head_size)).mean(1)
+
+
+def _tokens(row: list[int]) -> slice:
+    """The row's tokens in the batch."""
+    return slice(row[Row.OFFSET], row[Row.OFFSET] + row[Row.END] - row[Row.START])
+
+
+def _positions(row: list[int], like: torch.Tensor) -> torch.Tensor:
+    return torch.arange(row[Row.START], row[Row.END], device=like.device)
+
+
+def _by_token(blocks: torch.Tensor) -> torch.Tensor:
+    """[N, KH, B, D] of blocks to [N * B, KH, D] of tokens."""
+    return blocks.transpose(1, 2).flatten(0, 1)
 
 
 def _scores(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:

@@ -53,9 +53,12 @@ def bind_rope(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
         rope.check_supported(ropes[0])
     for module in itertools.chain.from_iterable(beside.values()):
         rope.extend(module, vllm_config.model_config.max_model_len)
+    tables: dict[torch.nn.Module, rope.RotaryTable] = {}
     for name, impl in impls.items():
         (module,) = beside[name]
-        impl.rope = rope.RotaryTable(module.cos_sin_cache, module.is_neox_style)
+        if module not in tables:
+            tables[module] = rope.RotaryTable(module.cos_sin_cache.float(), module.is_neox_style)
+        impl.rope = tables[module]
 
 
 def _is_rope(module: torch.nn.Module) -> bool:
@@ -112,7 +115,8 @@ class InfLLMWorker:
         settings = " ".join(f"{key}={value}" for key, value in effective.items())
         ours = [name for name, spec in specs.items() if isinstance(spec, InfLLMSpec)]
         others = [name for name in specs if name not in ours]
-        logger.info("vllm-infllm %s: %s; %s", __version__, settings, self.plan)
+        operations = next(iter(infllm_impls(self.vllm_config).values())).ops.describe()
+        logger.info("vllm-infllm %s: %s; operations: %s; %s", __version__, settings, operations, self.plan)
         logger.info(
             "InfLLM runs %d of %d attention layers: %s%s",
             len(ours),

@@ -1,0 +1,23 @@
+// Kernels of the instruction set avx512.
+#if defined(__x86_64__)
+#ifndef INFLLM_EMULATE
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#define INFLLM_WIDTH 16
+#include "attend_tile.h"
+#include "unit.h"
+
+namespace infllm {
+
+const Kernels* avx512_kernels() {
+  static const Kernels kernels[] = {make_kernels<float>(), make_kernels<bf16>(), make_kernels<fp16>()};
+  return kernels;
+}
+
+}  // namespace infllm
+#else
+#include "kernels.h"
+const infllm::Kernels* infllm::avx512_kernels() { return nullptr; }
+#endif

@@ -1,0 +1,69 @@
+// Matrix products with a packed right side: C[m, panels * 16] = A[m, k] * B, B in panels of [k][16].
+#pragma once
+#include "vector.h"
+
+namespace infllm {
+namespace {
+
+/// RM rows of A times P panels of B, held in registers.
+template <class T, int RM, int P>
+inline void product_block(const float* a, int64_t a_stride, const T* b, int64_t panel_stride, int64_t k, float* c,
+                          int64_t c_stride, bool add) {
+  Vec acc[RM][P * kVectors];
+  for (int r = 0; r < RM; ++r)
+    for (int j = 0; j < P * kVectors; ++j) acc[r][j] = add ? load(c + r * c_stride + j * kWidth) : Vec{};
+  int64_t row = 0;
+  for (; row + 1 < k; row += 2) {
+    Vec even[P * kVectors], odd[P * kVectors];
+    for (int p = 0; p < P; ++p) load_rows(b + p * panel_stride, row, even + p * kVectors, odd + p * kVectors);
+    for (int r = 0; r < RM; ++r)
+      for (int j = 0; j < P * kVectors; ++j) acc[r][j] += a[r * a_stride + row] * even[j];
+    for (int r = 0; r < RM; ++r)
+      for (int j = 0; j < P * kVectors; ++j) acc[r][j] += a[r * a_stride + row + 1] * odd[j];
+  }
+  if (row < k) {
+    Vec even[P * kVectors];
+    for (int p = 0; p < P; ++p) load_row(b + p * panel_stride, row, even + p * kVectors);
+    for (int r = 0; r < RM; ++r)
+      for (int j = 0; j < P * kVectors; ++j) acc[r][j] += a[r * a_stride + row] * even[j];
+  }
+  for (int r = 0; r < RM; ++r)
+    for (int j = 0; j < P * kVectors; ++j) store(c + r * c_stride + j * kWidth, acc[r][j]);
+}
+
+/// Rows by RM, and those left over by smaller blocks: as many accumulators as registers allow, at least eight chains.
+template <class T, int RM, int P>
+inline void product_rows(const float*& a, int64_t a_stride, const T* b, int64_t panel_stride, int64_t k, float*& c,
+                         int64_t c_stride, bool add, int64_t& m) {
+  for (; m >= RM; m -= RM, a += RM * a_stride, c += RM * c_stride)
+    product_block<T, RM, P>(a, a_stride, b, panel_stride, k, c, c_stride, add);
+}
+
+template <class T, int P>
+inline void product_panels(const float* a, int64_t a_stride, int64_t m, const T* b, int64_t panel_stride, int64_t k,
+                           float* c, int64_t c_stride, bool add) {
+  constexpr int kRegisters = kWidth == 16 ? 24 : 12;
+  constexpr int kRows = kRegisters / (P * kVectors);
+  product_rows<T, kRows, P>(a, a_stride, b, panel_stride, k, c, c_stride, add, m);
+  if constexpr (kRows > 6) product_rows<T, 6, P>(a, a_stride, b, panel_stride, k, c, c_stride, add, m);
+  if constexpr (kRows > 3) product_rows<T, 3, P>(a, a_stride, b, panel_stride, k, c, c_stride, add, m);
+  product_rows<T, 1, P>(a, a_stride, b, panel_stride, k, c, c_stride, add, m);
+}
+
+/// C = A B, or C += A B. Few rows take more panels at a time, to have enough independent sums.
+template <class T>
+inline void product(const float* a, int64_t a_stride, int64_t m, const T* b, int64_t panel_stride, int64_t panels,
+                    int64_t k, float* c, int64_t c_stride, bool add) {
+  constexpr int kWide = kWidth == 16 ? 4 : 2, kNarrow = kWidth == 16 ? 2 : 1;
+  int64_t p = 0;
+  if (m <= 6)
+    for (; p + kWide <= panels; p += kWide)
+      product_panels<T, kWide>(a, a_stride, m, b + p * panel_stride, panel_stride, k, c + p * kPanel, c_stride, add);
+  for (; p + kNarrow <= panels; p += kNarrow)
+    product_panels<T, kNarrow>(a, a_stride, m, b + p * panel_stride, panel_stride, k, c + p * kPanel, c_stride, add);
+  for (; p < panels; ++p)
+    product_panels<T, 1>(a, a_stride, m, b + p * panel_stride, panel_stride, k, c + p * kPanel, c_stride, add);
+}
+
+}  // namespace
+}  // namespace infllm
