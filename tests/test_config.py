@@ -21,7 +21,7 @@ def refusal(user: Any, block_size: int = 128, trained_len: int = PLENTY) -> str:
 
 
 def span(config: InfLLMConfig) -> int:
-    """Tokens that the model must have been trained for, as issue 2 adds them up."""
+    """Tokens that the model must have been trained for."""
     return config.n_init + config.n_local + config.block_size + config.exc_block_size
 
 
@@ -47,6 +47,7 @@ def test_what_the_user_gives_is_used() -> None:
         "cache_strategy": "lru-s",
         "score_decay": 0.5,
         "host_memory_gib": 3.5,
+        "ops": "reference",
     }
     assert resolve(given, 64, PLENTY).model_dump() == {**given, "block_size": 64}
 
@@ -185,6 +186,13 @@ def test_cache_strategies_are_listed(value: Any) -> None:
     assert f"cache_strategy={value!r}" in message
     for known in ("lru", "fifo", "lru-s"):
         assert f"'{known}'" in message
+
+
+@pytest.mark.parametrize("value", ["CPU", "triton", 1, ""])
+def test_implementations_of_the_ops_are_listed(value: Any) -> None:
+    """An unknown implementation is refused with those there are."""
+    message = refusal({"ops": value})
+    assert f"ops={value!r}" in message and "'cpu'" in message and "'reference'" in message
 
 
 # --- Sizes that must fit each other ----------------------------------------------------------------------------------

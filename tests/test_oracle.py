@@ -1,6 +1,5 @@
 """The oracle against what the authors' code recorded, and against a brute force that shares no code with it."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,8 @@ from tests.oracle import (
     infllm_attention,
     visible_tokens,
 )
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 HEAD_DIM = 32
 SCALE = HEAD_DIM**-0.5
@@ -48,15 +49,6 @@ class Golden:
 
     def run_oracle(self, case: str) -> OracleResult:
         return infllm_attention(self.config, self.q, self.k, self.v, self.rope, SCALE, self.blocks(case))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The tensors here are tiny: on a busy machine, waiting for a second thread costs several times the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

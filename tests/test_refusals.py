@@ -44,6 +44,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "fewer slots than units": ({"max_cached_blocks": 8}, {}, ["max_cached_blocks=8", "topk 16", "set 0"]),
     "longer than trained": ({"n_local": 8192}, {}, ["n_local=8192", "8192 that the model was trained for"]),
     "quantized cache": ({}, {"kv_cache_dtype": "fp8"}, ["--kv-cache-dtype fp8", "use auto"]),
+    "cache of another dtype": (
+        {},
+        {"dtype": "float32", "kv_cache_dtype": "bfloat16"},
+        ["--kv-cache-dtype bfloat16 with a model in float32", "use auto"],
+    ),
     "another connector": ({}, {"kv_transfer_config": CONNECTOR}, ["--kv-transfer-config", "ExampleConnector"]),
     "kv offloading": ({}, {"kv_offloading_size": 1.0}, ["--kv-offloading-size 1.0", "remove it"]),
     "speculative decoding": (
@@ -65,6 +70,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         {"disable_hybrid_kv_cache_manager": True},
         ["--disable-hybrid-kv-cache-manager", "remove it"],
     ),
+    "block size that C++ cannot run": (
+        {"ops": "cpu"},
+        {"block_size": 24},
+        ["--block-size 24", "multiple of 16", 'ops="reference"'],
+    ),
     "automatic length": ({}, {"max_model_len": -1}, ["--max-model-len auto", "give a number"]),
 }
 
@@ -84,6 +94,15 @@ def save_config(name: str, folder: Path, **fields: Any) -> str:
     config.architectures = [name.removesuffix("Config") + ("Model" if name == "BertConfig" else "ForCausalLM")]
     config.save_pretrained(folder)
     return str(folder)
+
+
+def test_head_size_is_refused(tmp_path: Path) -> None:
+    """A model whose heads the C++ operations cannot run is told which implementation can, and starts with it."""
+    sizes = {"hidden_size": 48, "num_attention_heads": 2, "num_hidden_layers": 1, "max_position_embeddings": 8192}
+    folder = save_config("LlamaConfig", tmp_path, **sizes)
+    with pytest.raises(ConfigError, match=r'head size 24: .*ops="reference"'):
+        engine_config(folder, {"ops": "cpu"})
+    assert engine_config(folder, {"ops": "reference"}).additional_config["infllm"]["ops"] == "reference"
 
 
 def test_alibi_is_refused(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def module(
 
 
 def table(rope: torch.nn.Module) -> RotaryTable:
-    return RotaryTable(rope.cos_sin_cache, rope.is_neox_style)
+    return RotaryTable(rope.cos_sin_cache.float(), rope.is_neox_style)
 
 
 # --- The definitions, in float64 -------------------------------------------------------------------------------------
@@ -387,6 +387,14 @@ def test_layers_get_the_extended_table() -> None:
     impl = OneLayer(rope).bind(3000)
     assert impl.rope.cos_sin is rope.cos_sin_cache and len(rope.cos_sin_cache) == 3000
     assert not impl.rope.neox
+
+
+def test_layers_of_low_precision_read_the_rounded_table() -> None:
+    """Memory computes in float32, but with the cosines and sines as the model's own rotation has them."""
+    rope = module("yarn", torch.bfloat16)
+    impl = OneLayer(rope).bind(3000)
+    assert impl.rope.cos_sin.dtype == torch.float32 and len(impl.rope.cos_sin) == 3000
+    assert torch.equal(impl.rope.cos_sin, rope.cos_sin_cache.float())
 
 
 def test_subclass_of_a_supported_type_is_refused() -> None:

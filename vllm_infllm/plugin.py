@@ -265,9 +265,14 @@ def _check_config(config: "VllmConfig") -> None:
         config.parallel_config,
     )
     exc = config.additional_config[KEY]["exc_block_size"]
-    threshold = scheduler.long_prefill_token_threshold
+    threshold, dtype = scheduler.long_prefill_token_threshold, str(model.dtype).removeprefix("torch.")
     refusals = [
         (is_quantized_kv_cache(cache.cache_dtype), f"--kv-cache-dtype {cache.cache_dtype}", "use auto"),
+        (
+            cache.cache_dtype not in ("auto", dtype),
+            f"--kv-cache-dtype {cache.cache_dtype} with a model in {dtype}",
+            "use auto",
+        ),
         (model.use_mla, f"MLA attention, which {model.model} uses,", "choose another backend"),
         (model.uses_alibi, f"ALiBi, which {model.model} uses,", "choose another backend"),
         (model.is_encoder_decoder, f"an encoder-decoder model, {model.model},", "choose another backend"),

@@ -186,6 +186,15 @@ inline float soften(float* scores, int64_t columns, int64_t low, int64_t high, f
   return shrink;
 }
 
+/// Items of so few rows wait for memory rather than for arithmetic.
+constexpr int64_t kFewRows = 6;
+/// Ask for the beginning of what is read next; its further lines are asked for on the way (see product.h).
+template <class T>
+inline void fetch_start(const T* next, int64_t count) {
+  const int64_t most = 8192 / sizeof(T);
+  for (int64_t i = 0; i < count && i < most; i += 64 / sizeof(T)) __builtin_prefetch(next + i);
+}
+
 template <class T>
 void attend(const AttendArgs& args, const AttendItem& item, const Tiles& tiles, const Partial& out, float* scratch) {
   const Sizes& z = args.sizes;
@@ -218,6 +227,7 @@ void attend(const AttendArgs& args, const AttendItem& item, const Tiles& tiles, 
     const bool kept = tile.local && out.kept;
     float* scores = kept ? out.kept + index * m * tiles.width : own_scores;
     const int64_t stride = kept ? tiles.width : kTileTokens, columns = tile.end - tile.begin;
+    if (m <= kFewRows) fetch_start(tile.values, size * z.block_size);
     products.scores(tile, keys, scores, stride);
     for (int64_t r = 0; r < m; ++r) {
       const int64_t t = item.first + r / group;
@@ -232,6 +242,8 @@ void attend(const AttendArgs& args, const AttendItem& item, const Tiles& tiles, 
       if (out.tile_sum && index >= tiles.num_local + tiles.num_edge)
         out.tile_sum[(index - tiles.num_local - tiles.num_edge) * m + r] = total;
     }
+    if (m <= kFewRows && index + 1 < item.tile_end)
+      fetch_start(tile_at<T>(args, item, tiles, index + 1).keys, tiles.width * size);
     products.values(tile, scores, stride, out.output);
   }
 }

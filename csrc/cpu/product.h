@@ -5,6 +5,13 @@
 namespace infllm {
 namespace {
 
+/// Ask for two rows of a panel that will be read soon: few rows of A are done with a panel sooner than memory is.
+template <class T>
+inline void fetch_rows(const T* rows) {
+  __builtin_prefetch(rows);
+  if constexpr (sizeof(T) == 4) __builtin_prefetch(rows + kPanel);
+}
+
 /// RM rows of A times P panels of B, held in registers.
 template <class T, int RM, int P>
 inline void product_block(const float* a, int64_t a_stride, const T* b, int64_t panel_stride, int64_t k, float* c,
@@ -15,6 +22,8 @@ inline void product_block(const float* a, int64_t a_stride, const T* b, int64_t 
   int64_t row = 0;
   for (; row + 1 < k; row += 2) {
     Vec even[P * kVectors], odd[P * kVectors];
+    if constexpr (RM <= 3)
+      for (int p = 0; p < P; ++p) fetch_rows(b + (p + P) * panel_stride + row * kPanel);
     for (int p = 0; p < P; ++p) load_rows(b + p * panel_stride, row, even + p * kVectors, odd + p * kVectors);
     for (int r = 0; r < RM; ++r)
       for (int j = 0; j < P * kVectors; ++j) acc[r][j] += a[r * a_stride + row] * even[j];

@@ -3,7 +3,7 @@
 // of a wide instruction set runs on a machine without it.
 #pragma once
 #include "layout.h"
-#if defined(__x86_64__) && !defined(INFLLM_EMULATE)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 

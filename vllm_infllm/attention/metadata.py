@@ -79,7 +79,7 @@ def _round(
         )
         num_chosen = max(num_chosen, min(stored, geometry.init_blocks + topk))
         for block in range(stored, geometry.stored_blocks(e)):
-            physical, unit = int(block_table[span.table, block]), int(units[first_unit + block])
+            physical, unit = int(block_table[span.table, block]), int(request.units[block])
             leaving.append([physical, block, unit, int(block >= geometry.init_blocks)])
     blocks = ExecutionBlocks(
         rows=torch.tensor(rows, dtype=torch.int64),

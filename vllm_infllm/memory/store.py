@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_infllm.memory import pages
+
 
 @dataclass(frozen=True)
 class LayerMemory:
@@ -23,17 +25,25 @@ class LayerMemory:
     def allocate(
         cls, num_units: int, num_blocks: int, num_heads: int, kv_cache: torch.Tensor, head_size: int
     ) -> "LayerMemory":
-        """Reserve address space; nothing is touched before it is used.
+        """Reserve address space; nothing is touched before it is used. Host memory comes in huge pages.
 
         kv_cache: the layer's paged cache [num_blocks, KH, B, 2 * head_size], for dtype, device and sizes.
         """
         _, kv_heads, block_size, _ = kv_cache.shape
-        on_device = {"dtype": kv_cache.dtype, "device": kv_cache.device}
-        on_host = {"dtype": kv_cache.dtype, "device": "cpu", "pin_memory": kv_cache.device.type != "cpu"}
+        dtype, device = kv_cache.dtype, kv_cache.device
         unit_shape = (num_units, kv_heads, block_size, head_size)
+        representatives_shape, received_shape = (num_units, num_heads, head_size), (num_blocks, num_heads, block_size)
+        if device.type == "cpu":
+            pages.collapse(kv_cache)
+            return cls(
+                keys=pages.empty(unit_shape, dtype),
+                values=pages.empty(unit_shape, dtype),
+                representatives=pages.empty(representatives_shape, dtype),
+                received=pages.empty(received_shape, torch.float32),
+            )
         return cls(
-            keys=torch.empty(unit_shape, **on_host),
-            values=torch.empty(unit_shape, **on_host),
-            representatives=torch.empty((num_units, num_heads, head_size), **on_device),
-            received=torch.empty((num_blocks, num_heads, block_size), dtype=torch.float32, device=kv_cache.device),
+            keys=torch.empty(unit_shape, dtype=dtype, pin_memory=True),
+            values=torch.empty(unit_shape, dtype=dtype, pin_memory=True),
+            representatives=torch.empty(representatives_shape, dtype=dtype, device=device),
+            received=torch.empty(received_shape, dtype=torch.float32, device=device),
         )
