@@ -134,7 +134,7 @@ SIZES = {"n_init": 32, "n_local": 128, "topk": 3, "exc_block_size": 64}
 
 
 def test_learned_absolute_positions_are_refused(tmp_path: Path) -> None:
-    sizes = {"n_embd": 64, "n_head": 4, "n_layer": 1, "n_positions": 1024, "vocab_size": 256}
+    sizes = {"n_embd": 64, "n_head": 2, "n_layer": 1, "n_positions": 1024, "vocab_size": 256}
     transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path)
     with (
         pytest.raises(ConfigError, match=r"layer transformer.h.0.attn.attn has 0 rotary modules.*learned absolute"),

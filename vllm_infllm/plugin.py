@@ -231,11 +231,7 @@ def _resolve_config(args: "EngineArgs", model_config: "ModelConfig") -> None:
         init_logger(f"vllm.{__name__}").info(
             "InfLLM: defaults shrunk to fit a model trained on %d tokens: %s.", model_config.max_model_len, shrunk
         )
-    name = _ops(config)
-    unsupported = ops.load(name).check(model_config.get_head_size(), config.block_size)
-    if unsupported:
-        raise ConfigError(unsupported)
-    args.additional_config = {**given, KEY: _Resolved({**config.model_dump(), "ops": name})}
+    args.additional_config = {**given, KEY: _Resolved({**config.model_dump(), "ops": _ops(config)})}
 
 
 def _ops(config: InfLLMConfig) -> ops.OpsName:
@@ -323,6 +319,10 @@ def _check_config(config: "VllmConfig") -> None:
     for refused, what, remedy in refusals:
         if refused:
             raise ConfigError(f"--attention-backend infllm does not support {what}: {remedy}.")
+    effective = config.additional_config[KEY]
+    unsupported = ops.load(effective["ops"]).check(model.get_head_size(), effective["block_size"])
+    if unsupported:
+        raise ConfigError(unsupported)
 
 
 def _warn_of_waiting_prompts(config: "VllmConfig") -> None:

@@ -18,7 +18,7 @@ from vllm_infllm.plugin import unsupported_vllm
 from vllm_infllm.tools import CommandError
 from vllm_infllm.tools.demo_report import Trial, report
 from vllm_infllm.tools.demo_worker import Answer, Job
-from vllm_infllm.tools.model import demo_dtype, demo_model
+from vllm_infllm.tools.model import demo_dtype, demo_model, full_cache_bytes
 from vllm_infllm.tools.passkey import passkey_prompt
 from vllm_infllm.tools.worker_process import json_lines
 
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         # vLLM refuses a length that the model was not trained on, and would take nearly all memory of a CPU machine.
         Side(
             "full attention",
-            common | {"kv_cache_memory_bytes": _full_cache_bytes(model, dtype, args.length + MAX_TOKENS)},
+            common | {"kv_cache_memory_bytes": full_cache_bytes(model, dtype, args.length + MAX_TOKENS, BLOCK_SIZE)},
             {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"},
         ),
         Side("infllm", common | {"attention_backend": "infllm", "additional_config": {"infllm": infllm}}, {}),
@@ -108,18 +108,6 @@ def _trials(model: str, args: argparse.Namespace) -> list[Trial]:
         ]
     except ValueError as error:
         raise CommandError(str(error)) from error
-
-
-def _full_cache_bytes(model: str, dtype: str, max_model_len: int) -> int:
-    """What a paged KV cache takes that holds every token of one request, and two spare blocks for vLLM."""
-    import torch
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model).get_text_config()
-    heads = config.num_key_value_heads or config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    bytes_per_token = 2 * config.num_hidden_layers * heads * head_size * getattr(torch, dtype).itemsize
-    return (-(-max_model_len // BLOCK_SIZE) + 2) * BLOCK_SIZE * bytes_per_token
 
 
 def _ask(side: Side, trials: list[Trial], console: Console) -> list[Answer]:

@@ -6,12 +6,13 @@ prompt, or `{"error": message}` before it fails. Everything that vLLM prints goe
 """
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from vllm_infllm.tools.worker_process import json_output
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,9 @@ class Answer:
 def main() -> None:
     """Run the job on standard input."""
     job = Job(**json.load(sys.stdin))
-    with os.fdopen(os.dup(sys.stdout.fileno()), "w") as events:
-        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-        try:
-            for event in run(job):
-                print(json.dumps(event), file=events, flush=True)
-        except Exception as error:
-            print(json.dumps({"error": str(error)}), file=events, flush=True)
-            raise
+    with json_output() as write:
+        for event in run(job):
+            write(event)
 
 
 def run(job: Job) -> Iterator[dict[str, Any]]:

@@ -120,3 +120,15 @@ def demo_dtype() -> str:
 
     native = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
     return "bfloat16" if native else "float32"
+
+
+def full_cache_bytes(model: str, dtype: str, max_model_len: int, block_size: int) -> int:
+    """What a paged KV cache takes that holds every token of one request, and two spare blocks for vLLM."""
+    import torch
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model).get_text_config()
+    heads = config.num_key_value_heads or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    bytes_per_token = 2 * config.num_hidden_layers * heads * head_size * getattr(torch, dtype).itemsize
+    return (-(-max_model_len // block_size) + 2) * block_size * bytes_per_token
