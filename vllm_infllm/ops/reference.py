@@ -39,7 +39,7 @@ def select(
         initial, sealed = units[: settings.init_blocks], units[settings.init_blocks :]
         if len(sealed) > settings.topk:
             far_query = rope.far(query[_tokens(row)], _positions(row, query), settings.n_local)
-            sealed = sealed[top(score(far_query, representatives[sealed]), settings.topk)]
+            sealed = sealed[top(score(far_query, representatives[sealed]), settings.topk).to(sealed.device)]
         chosen[i, : len(initial) + len(sealed)] = torch.cat([initial, sealed])
     return chosen
 
@@ -67,8 +67,8 @@ def attend(
         if end > settings.n_local:
             far_query = rope.far(query[tokens], _positions(row, query), settings.n_local)
         if count:
-            source = (memory.keys, memory.values, chosen) if slots is None else (keys, values, slots)
-            stored_key, stored_value = (_by_token(x[source[2][i, :count]].to(cache.device)) for x in source[:2])
+            *halves_of, ids = (memory.keys, memory.values, chosen) if slots is None else (keys, values, slots)
+            stored_key, stored_value = (_by_token(x[ids[i, :count].to(x.device)].to(cache.device)) for x in halves_of)
         output[tokens], received, stored_received = attend_one(
             query[tokens],
             start,
