@@ -12,6 +12,8 @@ namespace {
 
 constexpr int64_t kTokensAPiece = 64;
 constexpr int64_t kUnitsAPiece = 128;
+/// Units whose representatives are read sooner than another thread wakes up.
+constexpr int64_t kFewUnits = 512;
 constexpr int64_t kFewQueries = 64;
 
 int64_t pieces(int64_t count, int64_t size) { return (count + size - 1) / size; }
@@ -46,9 +48,12 @@ class Selection {
       kernels.far_sum(args, choice.row, i % z.heads, choice.query + i % z.heads * z.head_size);
     });
     pieces_.clear();
-    for (size_t c = 0; c < choices_.size(); ++c)
+    int64_t num_units = 0;
+    for (size_t c = 0; c < choices_.size(); ++c) {
+      num_units += choices_[c].num_units;
       for (int64_t first = 0; first < choices_[c].num_units; first += kUnitsAPiece) pieces_.push_back({c, first});
-    for_each(pieces_.size(), pieces_.size() < 2, [&](int64_t i) {
+    }
+    for_each(pieces_.size(), num_units < kFewUnits, [&](int64_t i) {
       const Choice& choice = choices_[pieces_[i].first];
       const int64_t first = pieces_[i].second, count = std::min(kUnitsAPiece, choice.num_units - first);
       kernels.score(args, choice.query, args.units + args.rows[choice.row].units + args.init_blocks + first, count,
