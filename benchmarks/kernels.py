@@ -206,11 +206,13 @@ def execution_block(start: int, end: int) -> ExecutionBlocks:
     table[0, stored:] = torch.arange(paged)
     leaving = [[block - stored, block, block, 1] for block in range(stored, GEOMETRY.stored_blocks(end))]
     return ExecutionBlocks(
-        rows=torch.tensor([[0, start, end, edge, 0, stored, 0, 1]]),
+        rows=torch.tensor([[0, start, end, edge, 0, stored, 0, 1, 0]]),
         block_table=table,
         units=torch.arange(GEOMETRY.stored_blocks(end)),
         leaving=torch.tensor(leaving, dtype=torch.int64).view(-1, 4),
         num_chosen=min(stored, GEOMETRY.init_blocks + SETTINGS.topk),
+        longest=end - start,
+        most_stored=stored,
     )
 
 

@@ -22,7 +22,8 @@ from vllm_infllm.attention.backend import InfLLMImpl
 from vllm_infllm.attention.metadata import InfLLMMetadata, Span
 from vllm_infllm.attention.rope import RotaryTable
 from vllm_infllm.memory.geometry import Geometry
-from vllm_infllm.memory.requests import RequestMemory, RequestTable
+from vllm_infllm.memory.requests import RequestTable
+from vllm_infllm.memory.residency import Residency, Strategy
 from vllm_infllm.memory.store import LayerMemory
 from vllm_infllm.ops import reference
 from vllm_infllm.ops.interface import ExecutionBlocks, LayerSettings, Leaving, Row
@@ -143,13 +144,13 @@ class Layer:
         self.random = random.Random(seed)
         self.impl = make_impl(shape, ops)
         self.impl.rope = RotaryTable(shape.cos_sin, neox=True)
-        self.impl.layer = 0
         cache_shape = (num_blocks, shape.kv_heads, self.config.block_size, 2 * shape.head_size)
         self.cache = torch.full(cache_shape, math.nan, dtype=dtype)
+        self.impl.residency = self._residency()
         self.impl.memory = LayerMemory.allocate(num_units, num_blocks, shape.heads, self.cache, shape.head_size)
         for tensor in vars(self.impl.memory).values():
             tensor.fill_(math.nan)
-        self.requests: RequestTable = {}
+        self.requests = RequestTable()
         self.free_blocks = self.random.sample(range(num_blocks), num_blocks)
         self.free_units = self.random.sample(range(num_units), num_units)
 
@@ -174,20 +175,21 @@ class Layer:
             self._free_stored(sequence)
             self._grow(sequence, end)
             offset = sum(len(c[0]) for c in columns)
-            spans.append(Span(offset, start, end, table, first_block=sequence.table[0]))
+            spans.append(Span(offset, start, end, table))
             slots += [self._slot(sequence, token) for token in range(start, end)]
             columns.append(self._model_output(sequence, start, end))
         query, key, value = (torch.cat(parts).to(self.dtype) for parts in zip(*columns, strict=True))
 
         block_table = self._block_table([sequence for sequence, _ in work])
         metadata = InfLLMMetadata(len(slots), torch.tensor(slots), block_table, spans)
-        metadata.plan(self.requests, self.shape.geometry(), self.config.topk)
+        requests = [self.requests[sequence.table[0]] for sequence, _ in work]
+        metadata.plan(requests, self.shape.geometry(), self.config.topk, self.shape.max_len)
         output = torch.full_like(query, math.nan)
         self.impl.forward(None, query, key, value, self.cache, metadata, output)
 
         for span, (sequence, count) in zip(spans, work, strict=True):
-            for cache in self.requests[span.first_block].residency.values():
-                cache.check_integrity()
+            if self.impl.residency:
+                self.impl.residency.check_integrity()
             sequence.output[span.start : span.end] = output[span.offset : span.offset + count].float()
             sequence.computed += count
 
@@ -195,10 +197,18 @@ class Layer:
         """Take blocks and units back."""
         kept = self.shape.kept_blocks
         self._release(sequence.table[:kept] + sequence.table[max(kept, sequence.freed) :])
-        units = self.requests.pop(sequence.table[0]).units
+        units = self.requests[sequence.table[0]].units
+        self.requests.end(str(id(sequence)))
         for tensor in (self.impl.memory.keys, self.impl.memory.values, self.impl.memory.representatives):
             tensor[units] = math.nan
         self.free_units += units.tolist()
+
+    def _residency(self, requests: int = 8) -> Residency | None:
+        if not self.shape.max_cached_blocks:
+            return None
+        strategy, decay = Strategy.of(self.shape.cache_strategy), self.impl.config.score_decay
+        slots, device = self.shape.max_cached_blocks, self.cache.device
+        return Residency.allocate(strategy, decay, requests, 1, slots, device).layer(0)
 
     def _model_output(self, sequence: Sequence, start: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated query, rotated key and value of the tokens, [n, heads, D]."""
@@ -234,7 +244,11 @@ class Layer:
         while len(sequence.table) * self.config.block_size < end:
             sequence.table.append(self.free_blocks.pop())
         outgrows = len(sequence) > self.config.n_local
-        request = self.requests.setdefault(sequence.table[0], RequestMemory(sequence.prompt_len, outgrows))
+        if sequence.computed == 0:
+            new = self.requests.admit(str(id(sequence)), sequence.table[0], sequence.prompt_len, outgrows)
+            if self.impl.residency:
+                self.impl.residency.reset(new.number)
+        request = self.requests[sequence.table[0]]
         while len(request.units) < (end - self.config.n_local) // self.config.block_size:
             request.give([self.free_units.pop(self.random.randrange(len(self.free_units)))])
 

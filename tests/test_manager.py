@@ -79,6 +79,7 @@ class Engine:
         self.manager = manager
         self.running: list[Request] = []
         self.worker: dict[int, list[int]] = {}  # units by first block, as the worker is told
+        self.ended: list[str] = []
 
     @property
     def free_blocks(self) -> int:
@@ -111,12 +112,15 @@ class Engine:
     def end_step(self) -> None:
         for request_id, units in self.manager.take_new_units().items():
             self.worker[self.manager.first_block(request_id)] += units
+        assert self.manager.take_ended() == self.ended, "the worker keeps what ended, or loses what goes on"
+        self.ended = []
         self.check_integrity()
 
     def end(self, request: Request) -> None:
         """The request is finished, aborted or preempted."""
         self.kv.free(request)
         self.running.remove(request)
+        self.ended.append(request.request_id)
         del self.worker[request.first_block]
 
     def check_step(self, request: Request, num_new: int) -> None:
@@ -152,7 +156,8 @@ class Engine:
         assert self.free_blocks == self.kv.block_pool.num_gpu_blocks - 1
         assert self.manager.pool.num_free == self.manager.pool.num_units
         manager = self.manager
-        leftovers = (manager.units, manager.take_new_units(), manager.req_to_blocks)
+        assert manager.take_ended() == self.ended
+        leftovers = (manager.units, manager.take_new_units(), manager.take_ended(), manager.req_to_blocks)
         assert not any(leftovers) and not self.worker
 
 

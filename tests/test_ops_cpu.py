@@ -28,7 +28,7 @@ from vllm_infllm.memory.geometry import Geometry
 from vllm_infllm.memory.requests import RequestMemory
 from vllm_infllm.memory.store import LayerMemory
 from vllm_infllm.ops import cpu, reference
-from vllm_infllm.ops.interface import ExecutionBlocks, LayerSettings, Leaving, Row, gather, halves
+from vllm_infllm.ops.interface import ExecutionBlocks, LayerSettings, Leaving, Row, halves
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -266,13 +266,12 @@ class Scene:
             tokens.append(slice(offset, offset + len(member.query)))
             query[tokens[-1]] = member.query
             block_table[table, : len(member.table)] = torch.tensor(member.table)
-            spans.append(Span(offset, member.task.start, member.task.end, table, first_block=member.table[0]))
+            spans.append(Span(offset, member.task.start, member.task.end, table))
             offset += len(member.query)
         metadata = InfLLMMetadata(total, torch.empty(0), block_table, spans)
-        table_of_requests = {
-            member.table[0]: RequestMemory(0, member.task.accumulate, member.units) for member in members
-        }
-        metadata.plan(table_of_requests, sizes.geometry, sizes.topk)
+        by_row = sorted(zip(place, members, strict=True), key=lambda pair: pair[0])
+        requests = [RequestMemory(0, member.task.accumulate, row, member.units) for row, member in by_row]
+        metadata.plan(requests, sizes.geometry, sizes.topk, max_len=1 << 20)
         (only_round,) = metadata.rounds
         return Batch(only_round.blocks, query, tokens)
 
@@ -315,10 +314,9 @@ def attend(
     cache, memory = scene.packed(ops, dtype, spare_blocks=chosen.numel())
     slots = None
     if from_slots:
-        present = chosen.flatten() >= 0
-        copies = torch.where(present, torch.arange(chosen.numel()) + scene.num_blocks, -1)
-        gather(memory, chosen.flatten()[present], cache, copies[present])
+        copies = torch.where(chosen.flatten() >= 0, torch.arange(chosen.numel()) + scene.num_blocks, -1)
         slots = copies.view(chosen.shape)
+        ops.gather(memory, chosen, slots, cache)
         memory.keys.fill_(math.nan)
         memory.values.fill_(math.nan)
     query = batch.query if dtype == scene.dtype else batch.query.to(dtype)

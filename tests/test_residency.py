@@ -8,7 +8,9 @@ import torch
 
 from tests import tiny_models
 from tests.engines import greedy, infllm_engine, manager, plan, prompt_logprobs
-from vllm_infllm.memory.residency import ResidencyCache
+from vllm_infllm.memory.residency import Residency, Strategy
+from vllm_infllm.ops import reference
+from vllm_infllm.ops.interface import ExecutionBlocks, LayerSettings
 
 STRATEGIES = ("lru", "fifo", "lru-s")
 SIZES = {"n_init": 64, "n_local": 128, "topk": 3, "repr_topk": 2, "exc_block_size": 64}
@@ -51,25 +53,53 @@ class PlainModel:
             self.masses[unit].append(mass.get(unit, 0.0))
 
 
+INIT, SLOTS, TOPK = 1, 6, 4
+SETTINGS = LayerSettings(n_local=16, init_blocks=INIT, topk=TOPK, repr_topk=1, scale=1.0)
+
+
+def decode_step(request: int, stored: int) -> ExecutionBlocks:
+    """One token of a request whose block i is physical block 100 + i."""
+    row = [0, 5000, 5001, 0, 0, stored, 0, 1, request]
+    table = torch.arange(100, 200, dtype=torch.int32)[None]
+    none = torch.empty((0, 4), dtype=torch.int64)
+    return ExecutionBlocks(torch.tensor([row]), table, torch.empty(0), none, INIT + TOPK, 1, stored)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_policies_equal_a_plain_model(strategy: str) -> None:
     """3,000 random steps: the same units are resident, only misses are copied, wanted units never leave."""
     draw = random.Random(strategy)
-    cache, model = ResidencyCache(strategy, 0.5), PlainModel(strategy, 0.5, 6)
-    for slot in range(10, 16):
-        cache.add_slot(slot)
+    caches = Residency.allocate(Strategy.of(strategy), 0.5, 3, 2, SLOTS, torch.device("cpu"))
+    request, residency, model = 1, caches.layer(1), PlainModel(strategy, 0.5, SLOTS)
+    blocks = decode_step(request, stored=INIT + SLOTS + 20)
     before: set[int] = set()
+    hits = copies = 0
     for _ in range(3000):
-        wanted = sorted(draw.sample(range(20), draw.randint(0, 4)))
-        copies = cache.resolve(wanted)
-        cache.check_integrity()
-        assert set(cache.slot_of) == model.resolve(wanted) >= set(wanted)
-        assert {unit for unit, _ in copies} == set(wanted) - before
-        assert all(cache.slot_of[unit] == slot for unit, slot in copies)
-        mass = {unit: draw.random() for unit in wanted}
-        cache.attended(mass)
-        model.attended(mass)
-        before = set(cache.slot_of)
+        wanted = sorted(draw.sample(range(20), draw.randint(0, TOPK)))
+        chosen = torch.tensor([[77, *wanted, *[-1] * (TOPK - len(wanted))]])
+        slots, missing = reference.resolve(blocks, SETTINGS, residency, chosen)
+        caches.check_integrity()
+        resident = {unit: slot for slot, unit in enumerate(residency.unit[request].tolist()) if unit >= 0}
+        assert set(resident) == model.resolve(wanted) >= set(wanted)
+        assert slots.tolist() == [[100, *(101 + resident[u] for u in wanted), *[-1] * (TOPK - len(wanted))]]
+        assert missing.tolist() == [[-1, *(-1 if u in before else u for u in wanted), *[-1] * (TOPK - len(wanted))]]
+        mass = torch.tensor([[draw.random() for _ in range(INIT + TOPK)]])
+        reference.attended(blocks, SETTINGS, residency, chosen, mass)
+        model.attended(dict(zip(wanted, mass[0, INIT:].tolist(), strict=False)))
+        hits, copies = hits + len(before.intersection(wanted)), copies + len(set(wanted) - before)
+        before = set(resident)
+    assert residency.counts[request].tolist() == [hits, copies, copies - SLOTS]
+    assert (caches.unit[:, 0] == -1).all() and (caches.unit[[0, 2]] == -1).all(), "another request or layer was touched"
+
+
+def test_slots_exist_once_their_own_tokens_are_stored() -> None:
+    """While a request grows, a unit is never given a block whose tokens are still read from it."""
+    residency = Residency.allocate(Strategy.LRU, 1.0, 1, 1, SLOTS, torch.device("cpu")).layer(0)
+    for stored in range(INIT + 1, INIT + 2 * SLOTS):
+        sealed = list(range(50, 50 + stored - INIT))[-TOPK:]
+        chosen = torch.tensor([[77, *sealed, *[-1] * (TOPK - len(sealed))]])
+        slots, _ = reference.resolve(decode_step(0, stored), SETTINGS, residency, chosen)
+        assert slots.max() < 100 + min(stored, INIT + SLOTS)
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +138,9 @@ def test_slots_give_bit_equal_results(
 
 def test_attention_does_read_the_slots(llama: str, in_place: tuple[list[torch.Tensor], list[list[int]], int]) -> None:
     """With copies into slots left out the results change: nothing falls back to the host store."""
-    from vllm_infllm.attention.backend import InfLLMImpl
+    from vllm_infllm.ops import cpu
 
     with pytest.MonkeyPatch.context() as patch, start(llama, max_cached_blocks=4) as llm:
-        patch.setattr(InfLLMImpl, "_copy_to_slot", lambda *args: None)
+        patch.setattr(cpu, "gather", lambda *args: None)
         (got, *_) = prompt_logprobs(llm, prompts()[:1])
     assert (got - in_place[0][0]).abs().max() > 0.01

@@ -22,7 +22,7 @@ struct Rope {
 
 /// A row of ops/interface.py: ExecutionBlocks.rows; one execution block [start, end) of one request.
 struct Row {
-  int64_t offset, start, end, edge, table, stored, units, accumulate;
+  int64_t offset, start, end, edge, table, stored, units, accumulate, request;
 };
 
 /// A row of ExecutionBlocks.leaving.

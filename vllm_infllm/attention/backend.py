@@ -1,6 +1,5 @@
 """The registered backend and the attention of one layer."""
 
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -9,13 +8,14 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, Attention
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from vllm_infllm import ops
+from vllm_infllm.attention.aside import Aside
 from vllm_infllm.attention.metadata import InfLLMMetadata, InfLLMMetadataBuilder, Round
 from vllm_infllm.attention.rope import RotaryTable
 from vllm_infllm.config import KEY, ConfigError, InfLLMConfig
-from vllm_infllm.memory.requests import RequestMemory
-from vllm_infllm.memory.residency import ResidencyCache
+from vllm_infllm.memory.residency import Residency, Strategy
 from vllm_infllm.memory.store import LayerMemory
-from vllm_infllm.ops.interface import LayerSettings, Row, gather
+from vllm_infllm.ops import workspace
+from vllm_infllm.ops.interface import LayerSettings, Leaving
 
 NAME = "INFLLM"
 
@@ -54,8 +54,8 @@ class InfLLMImpl(AttentionImpl[InfLLMMetadata]):
 
     memory: LayerMemory
     rope: RotaryTable
-    layer: int
-    """Number of the layer among those that run InfLLM."""
+    residency: Residency | None
+    """If max_cached_blocks is set: which unit is in which slot."""
 
     def __init__(
         self,
@@ -98,6 +98,7 @@ class InfLLMImpl(AttentionImpl[InfLLMMetadata]):
         )
         assert self.config.ops  # the effective configuration names them
         self.ops = ops.load(self.config.ops)
+        self.aside = Aside()
 
     def forward(
         self,
@@ -122,61 +123,25 @@ class InfLLMImpl(AttentionImpl[InfLLMMetadata]):
 
     def _process(self, round_: Round, query: torch.Tensor, kv_cache: torch.Tensor, output: torch.Tensor) -> None:
         """One execution block of each of several requests: select, resolve, attend, accumulate, seal."""
-        ops, blocks, slots, mass = self.ops, round_.blocks, None, None
-        chosen = ops.select(blocks, self.settings, self.rope, query, self.memory.representatives)
-        if self.config.max_cached_blocks:
-            slots = self._resident(chosen, round_, kv_cache)
-            if self.config.cache_strategy == "lru-s":
-                mass = torch.empty(chosen.shape, dtype=torch.float32, device=query.device)
-        ops.attend(blocks, self.settings, self.rope, query, kv_cache, self.memory, chosen, slots, output, mass)
-        if mass is not None:
-            self._rank(chosen, mass, round_)
+        ops, blocks, memory, slots, mass = self.ops, round_.blocks, self.memory, None, None
+        self.aside.wait(kv_cache.device)
+        chosen = ops.select(blocks, self.settings, self.rope, query, memory.representatives)
+        if self.residency:
+            slots, missing = ops.resolve(blocks, self.settings, self.residency, chosen)
+            ops.gather(memory, missing, slots, kv_cache)
+            if self.residency.strategy is Strategy.LRU_S:
+                mass = workspace.take("mass", tuple(chosen.shape), torch.float32, chosen.device)
+        ops.attend(blocks, self.settings, self.rope, query, kv_cache, memory, chosen, slots, output, mass)
+        if self.residency and mass is not None:
+            ops.attended(blocks, self.settings, self.residency, chosen, mass)
         if len(blocks.leaving):
-            ops.seal(blocks, self.settings, self.rope, kv_cache, self.memory)
-            if self.config.max_cached_blocks:
-                self._add_slots(round_, kv_cache)
+            with self.aside.run(kv_cache.device):
+                self._seal(round_, kv_cache)
 
-    # ---- residency cache: retrieved units in slots of the request's own blocks ---------------------------------------
-
-    def _resident(self, chosen: torch.Tensor, round_: Round, kv_cache: torch.Tensor) -> torch.Tensor:
-        """Physical blocks [R, num_chosen] of the slots that hold the chosen units, after copying what misses."""
-        slots = torch.full_like(chosen, -1)
-        init = self.geometry.init_blocks
-        for i, (units, table, cache) in enumerate(self._residency(chosen, round_)):
-            for unit, slot in cache.resolve(units[init:]):
-                self._copy_to_slot(unit, int(table[slot]), kv_cache)
-            where = [*range(min(init, len(units))), *(cache.slot_of[unit] for unit in units[init:])]
-            slots[i, : len(units)] = table[torch.tensor(where, dtype=torch.int64)].long()
-        return slots
-
-    def _rank(self, chosen: torch.Tensor, mass: torch.Tensor, round_: Round) -> None:
-        """Tell the residency caches the attention that the chosen units received."""
-        init = self.geometry.init_blocks
-        for i, (units, _, cache) in enumerate(self._residency(chosen, round_)):
-            cache.attended(dict(zip(units[init:], mass[i, init : len(units)].tolist(), strict=True)))
-
-    def _residency(
-        self, chosen: torch.Tensor, round_: Round
-    ) -> Iterator[tuple[list[int], torch.Tensor, ResidencyCache]]:
-        """Of each request: chosen units, those of the initial tokens first; block table; residency cache."""
-        for row, units, request in zip(round_.blocks.rows.tolist(), chosen.tolist(), round_.requests, strict=True):
-            table = round_.blocks.block_table[row[Row.TABLE]]
-            yield [unit for unit in units if unit >= 0], table, self._cache_of(request)
-
-    def _cache_of(self, request: RequestMemory) -> ResidencyCache:
-        new = ResidencyCache(self.config.cache_strategy, self.config.score_decay)
-        return request.residency.setdefault(self.layer, new)
-
-    def _add_slots(self, round_: Round, kv_cache: torch.Tensor) -> None:
-        """A kept block whose own tokens are stored is a slot from now on: of its initial tokens, or empty."""
-        for row, request in zip(round_.blocks.rows.tolist(), round_.requests, strict=True):
-            left = range(row[Row.STORED], self.geometry.stored_blocks(row[Row.END]))
-            for block in (block for block in left if block < self.config.kept_blocks):
-                if block < self.geometry.init_blocks:
-                    physical = int(round_.blocks.block_table[row[Row.TABLE], block])
-                    self._copy_to_slot(int(request.units[block]), physical, kv_cache)
-                else:
-                    self._cache_of(request).add_slot(block)
-
-    def _copy_to_slot(self, unit: int, physical: int, kv_cache: torch.Tensor) -> None:
-        gather(self.memory, torch.tensor([unit]), kv_cache, torch.tensor([physical]))
+    def _seal(self, round_: Round, kv_cache: torch.Tensor) -> None:
+        """Move the blocks that have left every window into the store."""
+        leaving = round_.blocks.leaving
+        self.ops.seal(round_.blocks, self.settings, self.rope, kv_cache, self.memory)
+        if self.residency and round_.initial is not None:
+            # Kept blocks of initial tokens are slots from now on: their keys lie there un-rotated, too.
+            self.ops.gather(self.memory, round_.initial, leaving[:, Leaving.PHYSICAL], kv_cache)

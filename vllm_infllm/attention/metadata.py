@@ -7,8 +7,12 @@ import torch
 from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilder, CommonAttentionMetadata
 
 from vllm_infllm.memory.geometry import Geometry
-from vllm_infllm.memory.requests import RequestMemory, RequestTable
-from vllm_infllm.ops.interface import ExecutionBlocks
+from vllm_infllm.memory.requests import RequestMemory
+from vllm_infllm.ops import workspace
+from vllm_infllm.ops.interface import ExecutionBlocks, Leaving
+
+NO_UNIT = -1
+"""Host unit id of a leaving row that stands for nothing."""
 
 
 @dataclass(frozen=True)
@@ -21,16 +25,17 @@ class Span:
     end: int
     table: int
     """Row of the block table."""
-    first_block: int
-    """Physical id of the first block, which names the request."""
 
 
 @dataclass(frozen=True)
 class Round:
-    """One execution block of each of several requests; the rounds of a step follow one another."""
+    """One execution block of each of several requests; the rounds of a step follow one another.
+
+    initial: [L] int64, host unit ids of the leaving blocks that hold initial tokens, -1 for others; None if none does.
+    """
 
     blocks: ExecutionBlocks
-    requests: list[RequestMemory]
+    initial: torch.Tensor | None
 
 
 @dataclass
@@ -47,48 +52,79 @@ class InfLLMMetadata(AttentionMetadata):
     """Whether the connector has filled in the rounds; dummy runs stay unplanned."""
     rounds: list[Round] = field(default_factory=list)
 
-    def plan(self, requests: RequestTable, geometry: Geometry, topk: int) -> None:
-        """Cut the spans into execution blocks; round i holds the i-th one of every span that has as many."""
-        members = [requests[span.first_block] for span in self.spans]
+    def plan(self, requests: list[RequestMemory], geometry: Geometry, topk: int, max_len: int) -> None:
+        """Cut the spans into execution blocks; round i holds the i-th one of every span that has as many.
+
+        requests: by row of the block table. max_len: longest request in tokens.
+        """
+        members = [requests[span.table] for span in self.spans]
         units = torch.cat([member.units for member in members]) if members else torch.empty(0, dtype=torch.int64)
+        units = _on_device(units, self.block_table.device, "units")
         first_unit = 0
         rows_of_span = []
         for span, member in zip(self.spans, members, strict=True):
             cuts = geometry.execution_blocks(span.start, span.end, member.prompt_len)
             rows_of_span.append([(span, member, first_unit, s, e) for s, e in cuts])
             first_unit += len(member.units)
-        for rows in zip_longest(*rows_of_span):
+        for number, rows in enumerate(zip_longest(*rows_of_span)):
             present = [row for row in rows if row is not None]
-            self.rounds.append(_round(present, self.block_table, units, geometry, topk))
+            self.rounds.append(_round(number, present, self.block_table, units, geometry, topk, max_len))
         self.planned = True
 
 
 def _round(
+    number: int,
     members: list[tuple[Span, RequestMemory, int, int, int]],
     block_table: torch.Tensor,
     units: torch.Tensor,
     geometry: Geometry,
     topk: int,
+    max_len: int,
 ) -> Round:
     """members: (span, request, where its units begin in `units`, start and end of the execution block)."""
-    rows, leaving, num_chosen = [], [], 0
+    rows, leaving, tables, num_chosen, most_stored = [], [], [], 0, 0
+    longest = max(e - s for _, _, _, s, e in members)
     for span, request, first_unit, s, e in members:
-        stored, edge = geometry.stored_blocks(s), geometry.edge_start(s)
-        rows.append(
-            [span.offset + s - span.start, s, e, edge, span.table, stored, first_unit, int(request.outgrows_window)]
-        )
+        stored, edge, accumulate = geometry.stored_blocks(s), geometry.edge_start(s), int(request.outgrows_window)
+        offset = span.offset + s - span.start
+        rows.append([offset, s, e, edge, span.table, stored, first_unit, accumulate, request.number])
         num_chosen = max(num_chosen, min(stored, geometry.init_blocks + topk))
+        most_stored = max(most_stored, stored)
         for block in range(stored, geometry.stored_blocks(e)):
-            physical, unit = int(block_table[span.table, block]), int(request.units[block])
-            leaving.append([physical, block, unit, int(block >= geometry.init_blocks)])
+            leaving.append([0, block, int(request.units[block]), int(block >= geometry.init_blocks)])
+            tables.append(span.table)
+    device = block_table.device
+    if device.type != "cpu":
+        # Launches of decode steps look the same however long the requests are, as CUDA graphs need it.
+        num_chosen, most_stored = geometry.init_blocks + topk, geometry.stored_blocks(max_len)
+        padding = len(members) - len(leaving) if longest == 1 else 0
+        leaving += [[0, 0, NO_UNIT, 0]] * padding
+        tables += [0] * padding
+    on_device = _on_device(torch.tensor(leaving, dtype=torch.int64).view(-1, len(Leaving)), device, f"leaving {number}")
+    table = _on_device(torch.tensor(tables, dtype=torch.int64), device, f"leaving table {number}")
+    # Looked up where the block table is, so that nothing has to come back from a device.
+    on_device[:, Leaving.PHYSICAL] = block_table[table, on_device[:, Leaving.BLOCK]].long()
     blocks = ExecutionBlocks(
-        rows=torch.tensor(rows, dtype=torch.int64),
+        rows=_on_device(torch.tensor(rows, dtype=torch.int64), device, f"rows {number}"),
         block_table=block_table,
         units=units,
-        leaving=torch.tensor(leaving, dtype=torch.int64).view(-1, 4),
+        leaving=on_device,
         num_chosen=num_chosen,
+        longest=longest,
+        most_stored=most_stored,
     )
-    return Round(blocks, [member[1] for member in members])
+    initial = None
+    if any(unit != NO_UNIT and not is_unit for _, _, unit, is_unit in leaving):
+        initial = on_device[:, Leaving.UNIT].masked_fill(on_device[:, Leaving.IS_UNIT] == 1, -1)
+    return Round(blocks, initial)
+
+
+def _on_device(tensor: torch.Tensor, device: torch.device, name: str) -> torch.Tensor:
+    """A tensor of the plan where the operations want it; copied without waiting, always to the same place."""
+    if device.type == "cpu":
+        return tensor
+    kept = workspace.take(f"plan: {name}", tuple(tensor.shape), tensor.dtype, device)
+    return kept.copy_(tensor.pin_memory(), non_blocking=True)
 
 
 class InfLLMMetadataBuilder(AttentionMetadataBuilder[InfLLMMetadata]):
@@ -104,14 +140,12 @@ class InfLLMMetadataBuilder(AttentionMetadataBuilder[InfLLMMetadata]):
         starts = common.query_start_loc_cpu.tolist()
         # Exact here: the upper bound differs from the length only with speculative decoding, which is refused.
         lengths = common.seq_lens_cpu_upper_bound.tolist()
-        first_blocks = common.block_table_tensor[:, 0].tolist()
         spans = [
             Span(
                 offset=starts[i],
                 start=lengths[i] - (starts[i + 1] - starts[i]),
                 end=lengths[i],
                 table=i,
-                first_block=first_blocks[i],
             )
             for i in range(common.num_reqs)
             if starts[i + 1] > starts[i]

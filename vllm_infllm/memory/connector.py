@@ -15,10 +15,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
+from vllm_infllm.attention import aside
 from vllm_infllm.attention.metadata import InfLLMMetadata
 from vllm_infllm.config import KEY, InfLLMConfig
 from vllm_infllm.memory.manager import InfLLMManager, InfLLMSpec
 from vllm_infllm.memory.requests import RequestMemory, RequestTable
+from vllm_infllm.memory.residency import Residency, Strategy
 from vllm_infllm.memory.store import LayerMemory
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
 
+    from vllm_infllm.attention.backend import InfLLMImpl
+
 NAME = "InfLLMConnector"
 
 
@@ -36,6 +40,7 @@ NAME = "InfLLMConnector"
 class Admission:
     """A request that starts, or starts again after preemption."""
 
+    request_id: str
     first_block: int
     prompt_len: int
     outgrows_window: bool
@@ -43,8 +48,10 @@ class Admission:
 
 @dataclass
 class GroupUpdate:
-    """What happened to one KV cache group in a step."""
+    """What happened to one KV cache group in a step, in this order."""
 
+    ended: list[str]
+    """Requests that ended or were preempted."""
     admissions: list[Admission]
     new_units: list[tuple[int, list[int]]]
     """(first block of the request, unit ids it was given)."""
@@ -65,6 +72,7 @@ class InfLLMConnector(KVConnectorBase_V1, SupportsHMA):
         self._managers: dict[int, InfLLMManager] = {}
         self._admitted: list[Request] = []
         self._requests: dict[int, RequestTable] = {}
+        self._residency: dict[int, Residency] = {}
         self._group_of_layer: dict[str, int] = {}
 
     @property
@@ -91,6 +99,7 @@ class InfLLMConnector(KVConnectorBase_V1, SupportsHMA):
         groups = {}
         for group, manager in self._managers.items():
             groups[group] = GroupUpdate(
+                ended=manager.take_ended(),
                 admissions=[self._admission(request, manager) for request in admitted],
                 new_units=[(manager.first_block(r), units) for r, units in manager.take_new_units().items()],
             )
@@ -99,6 +108,7 @@ class InfLLMConnector(KVConnectorBase_V1, SupportsHMA):
     def _admission(self, request: "Request", manager: InfLLMManager) -> Admission:
         longest = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
         return Admission(
+            request_id=request.request_id,
             first_block=manager.first_block(request.request_id),
             prompt_len=request.num_tokens,
             outgrows_window=longest > self.config.n_local,
@@ -123,27 +133,48 @@ class InfLLMConnector(KVConnectorBase_V1, SupportsHMA):
                 impl.memory = LayerMemory.allocate(
                     spec.num_units, cache.shape[0], impl.num_heads, cache, impl.head_size
                 )
-                impl.layer = len(self._group_of_layer)
                 self._group_of_layer[name] = group
-                self._requests[group] = {}
+                self._requests[group] = RequestTable()
+        for group in self._requests:
+            ours = [name for name, its_group in self._group_of_layer.items() if its_group == group]
+            self._allocate_residency(group, [layers[name].impl for name in ours], kv_caches[ours[0]].device)
+
+    def _allocate_residency(self, group: int, impls: list["InfLLMImpl"], device: torch.device) -> None:
+        config, requests = self.config, self._vllm_config.scheduler_config.max_num_seqs
+        if not config.max_cached_blocks:
+            for impl in impls:
+                impl.residency = None
+            return
+        strategy = Strategy.of(config.cache_strategy)
+        caches = self._residency[group] = Residency.allocate(
+            strategy, config.score_decay, requests, len(impls), config.max_cached_blocks, device
+        )
+        for number, impl in enumerate(impls):
+            impl.residency = caches.layer(number)
 
     def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
         """Apply the step's updates, then complete its attention metadata."""
         metadata = self._get_connector_metadata()
         assert isinstance(metadata, InfLLMConnectorMetadata)
         for group, update in metadata.groups.items():
-            for admission in update.admissions:
-                self._requests[group][admission.first_block] = RequestMemory(
-                    admission.prompt_len, admission.outgrows_window
-                )
-            for first_block, units in update.new_units:
-                self._requests[group][first_block].give(units)
+            self._apply(update, self._requests[group], self._residency.get(group))
         # Model runner V2 builds the metadata outside the forward context and passes it along.
         per_layer = kwargs.get("attn_metadata") or forward_context.attn_metadata or {}
         for name, group in self._group_of_layer.items():
             attention = per_layer.get(name)
             if isinstance(attention, InfLLMMetadata) and not attention.planned:
-                attention.plan(self._requests[group], self.config.geometry, self.config.topk)
+                members = _members(attention, self._requests[group], kwargs.get("request_ids"))
+                attention.plan(members, self.config.geometry, self.config.topk, self.max_model_len)
+
+    def _apply(self, update: GroupUpdate, requests: RequestTable, residency: Residency | None) -> None:
+        for request_id in update.ended:
+            requests.end(request_id)
+        for new in update.admissions:
+            request = requests.admit(new.request_id, new.first_block, new.prompt_len, new.outgrows_window)
+            if residency:
+                residency.reset(request.number)
+        for first_block, units in update.new_units:
+            requests[first_block].give(units)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         pass
@@ -152,4 +183,14 @@ class InfLLMConnector(KVConnectorBase_V1, SupportsHMA):
         pass
 
     def wait_for_save(self) -> None:
-        pass
+        """The step is complete when its blocks are in the store."""
+        aside.wait_all()
+
+
+def _members(attention: InfLLMMetadata, requests: RequestTable, request_ids: list[str] | None) -> list[RequestMemory]:
+    """The requests of a step, by row of its block table."""
+    rows = range(1 + max((span.table for span in attention.spans), default=-1))
+    if request_ids is not None:
+        return [requests.named(request_ids[row]) for row in rows]
+    # Model runner V1 does not say whose row is whose; the first block does.
+    return [requests[block] for block in attention.block_table[: len(rows), 0].tolist()]

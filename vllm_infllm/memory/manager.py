@@ -75,6 +75,7 @@ class InfLLMManager(SlidingWindowManager):
         self.pool = UnitPool(kv_cache_spec.num_units)
         self.units: dict[str, list[int]] = {}
         self._new_units: dict[str, list[int]] = {}
+        self._ended: list[str] = []
 
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
         """Tokens that are stored, so that their paged blocks can go."""
@@ -105,12 +106,18 @@ class InfLLMManager(SlidingWindowManager):
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self.pool.give_back(self.units.pop(request_id, []))
         self._new_units.pop(request_id, None)
+        self._ended.append(request_id)
         return super().pop_blocks_for_free(request_id)
 
     def take_new_units(self) -> dict[str, list[int]]:
         """Units given since the last call, by request."""
         new, self._new_units = self._new_units, {}
         return new
+
+    def take_ended(self) -> list[str]:
+        """Requests whose blocks and units were taken back since the last call."""
+        ended, self._ended = self._ended, []
+        return ended
 
     def first_block(self, request_id: str) -> int:
         """Physical id of the request's first block, its name on the worker."""

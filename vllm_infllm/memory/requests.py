@@ -4,8 +4,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from vllm_infllm.memory.residency import ResidencyCache
-
 
 def _no_units() -> torch.Tensor:
     return torch.empty(0, dtype=torch.int64)
@@ -13,24 +11,50 @@ def _no_units() -> torch.Tensor:
 
 @dataclass
 class RequestMemory:
-    """One request, from its admission until its first block is given to another.
+    """One request, from its admission to its end or preemption.
 
     prompt_len: tokens known when it was admitted (prompt; after preemption also the answer so far).
     outgrows_window: whether prompt and answer can be longer than n_local; otherwise nothing will be stored and no
         attention needs to be accumulated.
+    number: its own among the requests that are in the worker now, below max_num_seqs.
     units: [stored blocks] int64, host unit ids of its stored blocks, in order, given as it grows.
-    residency: residency cache of each layer, by the layer's number; empty unless max_cached_blocks is set.
     """
 
     prompt_len: int
     outgrows_window: bool
+    number: int = 0
     units: torch.Tensor = field(default_factory=_no_units)
-    residency: dict[int, ResidencyCache] = field(default_factory=dict)
 
     def give(self, units: list[int]) -> None:
         """Add the units of the blocks that will be stored next."""
         self.units = torch.cat([self.units, torch.tensor(units, dtype=torch.int64)])
 
 
-# By the physical id of the request's first block, which it keeps for life.
-RequestTable = dict[int, RequestMemory]
+class RequestTable:
+    """The requests of one KV cache group, by the physical id of their first block, which they keep for life."""
+
+    def __init__(self) -> None:
+        self._requests: dict[int, RequestMemory] = {}
+        self._names: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __getitem__(self, first_block: int) -> RequestMemory:
+        return self._requests[first_block]
+
+    def named(self, request_id: str) -> RequestMemory:
+        return self._requests[self._names[request_id]]
+
+    def admit(self, request_id: str, first_block: int, prompt_len: int, outgrows_window: bool) -> RequestMemory:
+        """A request that starts; it gets the lowest number that nobody has."""
+        taken = {request.number for request in self._requests.values()}
+        number = next(number for number in range(len(taken) + 1) if number not in taken)
+        self._names[request_id] = first_block
+        self._requests[first_block] = RequestMemory(prompt_len, outgrows_window, number)
+        return self._requests[first_block]
+
+    def end(self, request_id: str) -> None:
+        """A request that ended or was preempted; one that no step has seen is not known here."""
+        if request_id in self._names:
+            del self._requests[self._names.pop(request_id)]

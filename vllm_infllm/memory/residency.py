@@ -1,64 +1,84 @@
-"""The residency cache of one request in one layer: which unit sits in which slot.
+"""Residency caches: which unit sits in which slot, for every request and layer.
 
 Slots are the first paged blocks of the request, which it keeps for life. The first n_init / B of them hold the initial
-tokens and never change; the others hold retrieved units. A slot exists once its block's own tokens are stored.
+tokens and never change; slot s of the cache is the block after these. A slot exists once its block's own tokens are
+stored, so the number of slots of a request is a function of its position. The operations `resolve` and `attended`
+(ops/interface.py) decide who leaves; the tensors here are their memory, on the device.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+
+EMPTY = -1
+PLACES = 1 << 16
+"""Units that may arrive in one call: arrival is ordered by clock, then by the place among the chosen."""
 
 
-@dataclass
-class ResidencyCache:
-    """Resident units by slot; decides who leaves. Integers only, it moves no data.
+class Strategy(IntEnum):
+    """Which unit leaves first; on equal rank the one that arrived first."""
 
-    strategy: "lru" least recently used, "fifo" first in, "lru-s" least attention mass, decayed by `decay` at each use.
+    LRU = 0
+    """Least recently used."""
+    FIFO = 1
+    """First in."""
+    LRU_S = 2
+    """Least attention mass, decayed at each use."""
+
+    @classmethod
+    def of(cls, name: str) -> "Strategy":
+        return cls[name.upper().replace("-", "_")]
+
+
+@dataclass(frozen=True)
+class Residency:
+    """The residency caches of N requests in one layer, or in L layers while they are allocated together.
+
+    unit: [N, S] int64, the host unit id in each slot, or EMPTY.
+    arrived: [N, S] int64, clock * PLACES + place among the chosen, when the unit came in.
+    used: [N, S] int64, clock of its last use.
+    mass: [N, S] float32, its decayed attention mass.
+    clock: [N, 1] int64, execution blocks seen.
+    counts: [N, 3] int64: units found resident, units copied in, units evicted.
+    Views of single layers keep the strides of all.
     """
 
-    strategy: str
+    strategy: Strategy
     decay: float
-    slot_of: dict[int, int] = field(default_factory=dict)
-    """Unit -> slot, in the order in which the units came in."""
-    _free: list[int] = field(default_factory=list)
-    _last_used: dict[int, int] = field(default_factory=dict)
-    _mass: dict[int, float] = field(default_factory=dict)
-    _clock: int = 0
+    unit: torch.Tensor
+    arrived: torch.Tensor
+    used: torch.Tensor
+    mass: torch.Tensor
+    clock: torch.Tensor
+    counts: torch.Tensor
 
-    def add_slot(self, slot: int) -> None:
-        """A further slot exists, empty."""
-        self._free.append(slot)
+    @classmethod
+    def allocate(
+        cls, strategy: Strategy, decay: float, requests: int, layers: int, slots: int, device: torch.device
+    ) -> "Residency":
+        """Tensors [requests, layers, ...]; all slots empty."""
 
-    def resolve(self, wanted: list[int]) -> list[tuple[int, int]]:
-        """Make all `wanted` units resident; returns (unit, slot) for those whose data must be copied in.
+        def zeros(last: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.zeros((requests, layers, last), dtype=dtype, device=device)
 
-        Units in `wanted` never leave. There must be at least as many slots as wanted units.
-        """
-        self._clock += 1
-        keep = set(wanted)
-        missing = [unit for unit in wanted if unit not in self.slot_of]
-        copies = []
-        for unit in missing:
-            slot = self._free.pop(0) if self._free else self._evict(keep)
-            self.slot_of[unit] = slot
-            self._mass[unit] = 0.0
-            copies.append((unit, slot))
-        for unit in wanted:
-            self._last_used[unit] = self._clock
-        return copies
+        unit = zeros(slots).fill_(EMPTY)
+        return cls(strategy, decay, unit, zeros(slots), zeros(slots), zeros(slots, torch.float32), zeros(1), zeros(3))
 
-    def attended(self, mass: dict[int, float]) -> None:
-        """Attention mass that the units of the last `resolve` received; the others only decay."""
-        for unit in self._mass:
-            self._mass[unit] = self._mass[unit] * self.decay + mass.get(unit, 0.0)
+    def layer(self, layer: int) -> "Residency":
+        """The caches of one layer."""
+        tensors = (x[:, layer] for x in (self.unit, self.arrived, self.used, self.mass, self.clock, self.counts))
+        return Residency(self.strategy, self.decay, *tensors)
+
+    def reset(self, request: int) -> None:
+        """Empty the caches of one request in all layers, for another that takes its number."""
+        self.unit[request].fill_(EMPTY)
+        for tensor in (self.arrived, self.used, self.mass, self.clock):
+            tensor[request].zero_()
 
     def check_integrity(self) -> None:
-        """No slot is lost or holds two units, and every resident unit is accounted for."""
-        slots = [*self.slot_of.values(), *self._free]
-        if len(set(slots)) != len(slots) or not self.slot_of.keys() == self._mass.keys() == self._last_used.keys():
-            raise RuntimeError(f"residency cache: slots {sorted(slots)}, units {sorted(self.slot_of)}")
-
-    def _evict(self, keep: set[int]) -> int:
-        """The slot of the unit that leaves; on equal rank the one that came in first."""
-        rank = {"lru": self._last_used.__getitem__, "fifo": lambda unit: 0, "lru-s": self._mass.__getitem__}
-        victim = min((unit for unit in self.slot_of if unit not in keep), key=rank[self.strategy])
-        del self._mass[victim], self._last_used[victim]
-        return self.slot_of.pop(victim)
+        """No unit is in two slots of a request and layer, and empty slots stand behind the others."""
+        for units in self.unit.flatten(0, -2).tolist():
+            resident = [unit for unit in units if unit != EMPTY]
+            if len(set(resident)) != len(resident) or units[: len(resident)] != resident:
+                raise RuntimeError(f"residency cache: units {units} in the slots")

@@ -15,6 +15,11 @@ from vllm_infllm.config import KEY, ConfigError
 from vllm_infllm.memory.store import LayerMemory
 from vllm_infllm.ops.interface import ExecutionBlocks, LayerSettings
 
+# A residency cache on a CPU saves nothing, since the store can be read in place: it is there to be tested.
+from vllm_infllm.ops.reference import attended as attended
+from vllm_infllm.ops.reference import gather as gather
+from vllm_infllm.ops.reference import resolve as resolve
+
 PANEL = 16
 MAX_HEAD_SIZE = 256
 ISA_VARIABLE = "VLLM_INFLLM_CPU_ISA"

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 
 from vllm_infllm.attention.rope import RotaryTable
+from vllm_infllm.memory.residency import Residency
 from vllm_infllm.memory.store import LayerMemory
 
 
@@ -36,6 +37,8 @@ class Row(IntEnum):
     """Where the row's stored blocks begin in `units`."""
     ACCUMULATE = 7
     """Whether attention received must be summed up, because the request can outgrow the window."""
+    REQUEST = 8
+    """Number of the request among those of the worker: its place in the residency caches."""
 
 
 class Leaving(IntEnum):
@@ -46,7 +49,7 @@ class Leaving(IntEnum):
     BLOCK = 1
     """Number of the block in its request."""
     UNIT = 2
-    """Host unit id that it moves to."""
+    """Host unit id that it moves to; -1 in rows that only fill up (never on the CPU)."""
     IS_UNIT = 3
     """1 for a unit, 0 for a block of initial tokens, which has no representative."""
 
@@ -55,11 +58,13 @@ class Leaving(IntEnum):
 class ExecutionBlocks:
     """One execution block of each of R requests: what all layers process together.
 
-    rows: [R, len(Row)] int64.
+    rows: [R, len(Row)] int64; rows of no tokens only fill up (never on the CPU).
     block_table: [requests, blocks] int32, physical ids; stale for blocks that were freed.
     units: [any] int64, host unit ids of the rows' stored blocks, in order, row after row.
     leaving: [L, len(Leaving)] int64, the blocks that are outside every window after these execution blocks.
-    num_chosen: most stored blocks that a row attends to.
+    num_chosen: at least the most stored blocks that a row attends to.
+    longest: most tokens of a row.
+    most_stored: at least the most stored blocks of a row.
     """
 
     rows: torch.Tensor
@@ -67,6 +72,8 @@ class ExecutionBlocks:
     units: torch.Tensor
     leaving: torch.Tensor
     num_chosen: int
+    longest: int
+    most_stored: int
 
 
 @dataclass(frozen=True)
@@ -158,6 +165,32 @@ class Ops(Protocol):
         """
         ...
 
+    def resolve(
+        self, blocks: ExecutionBlocks, settings: LayerSettings, residency: Residency, chosen: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give each chosen unit a slot of its request (see memory/residency.py), evicting others where none is empty.
+
+        Returns:
+            slots [R, num_chosen] int64, the paged block that holds, or is to hold, each chosen stored block; missing
+            [R, num_chosen] int64, the host unit ids that must be copied into those blocks; -1 elsewhere in both.
+        """
+        ...
+
+    def gather(self, memory: LayerMemory, missing: torch.Tensor, slots: torch.Tensor, cache: torch.Tensor) -> None:
+        """Copy units `missing` of the store into blocks `slots` of the cache; both int64, of one shape; -1 is none."""
+        ...
+
+    def attended(
+        self,
+        blocks: ExecutionBlocks,
+        settings: LayerSettings,
+        residency: Residency,
+        chosen: torch.Tensor,
+        mass: torch.Tensor,
+    ) -> None:
+        """Decay the attention mass of the resident units of each row, and add what `attend` wrote into `mass`."""
+        ...
+
     def unpack(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [N, KH, B, D] of packed blocks or units, token by token."""
         ...
@@ -168,10 +201,3 @@ def halves(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     num_blocks, kv_heads, block_size, both = cache.shape
     keys, values = cache.view(num_blocks, kv_heads, 2, block_size, both // 2).unbind(2)
     return keys, values
-
-
-def gather(memory: LayerMemory, units: torch.Tensor, cache: torch.Tensor, blocks: torch.Tensor) -> None:
-    """Copy units [N] of the store into blocks [N] of the paged cache; the same for every packing."""
-    keys, values = halves(cache)
-    keys[blocks] = memory.keys[units].to(cache.device)
-    values[blocks] = memory.values[units].to(cache.device)

@@ -6,6 +6,7 @@ Packing: token by token, [B, D] for each head.
 import torch
 
 from vllm_infllm.attention.rope import RotaryTable
+from vllm_infllm.memory.residency import EMPTY, PLACES, Residency, Strategy
 from vllm_infllm.memory.store import LayerMemory
 from vllm_infllm.ops.interface import ExecutionBlocks, LayerSettings, Leaving, Row, halves
 
@@ -105,6 +106,44 @@ def seal(
         memory.values[unit] = values[physical]
         if row[Leaving.IS_UNIT]:
             memory.representatives[unit] = represent(key, memory.received[physical], settings.repr_topk)
+
+
+def resolve(
+    blocks: ExecutionBlocks, settings: LayerSettings, residency: Residency, chosen: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    slots, missing = torch.full_like(chosen, -1), torch.full_like(chosen, -1)
+    init = settings.init_blocks
+    for i, row in enumerate(blocks.rows.tolist()):
+        if row[Row.START] == row[Row.END]:
+            continue
+        table = blocks.block_table[row[Row.TABLE]].long()
+        units = [unit for unit in chosen[i].tolist() if unit >= 0]
+        available = min(max(row[Row.STORED] - init, 0), residency.unit.shape[1])
+        places, new = _place(residency, row[Row.REQUEST], units, init, available)
+        slots[i, : len(units)] = table[places]
+        missing[i, new] = chosen[i, new]
+    return slots, missing
+
+
+def gather(memory: LayerMemory, missing: torch.Tensor, slots: torch.Tensor, cache: torch.Tensor) -> None:
+    present = missing >= 0
+    units, blocks = missing[present].to(memory.keys.device), slots[present]
+    keys, values = halves(cache)
+    keys[blocks] = memory.keys[units].to(cache.device)
+    values[blocks] = memory.values[units].to(cache.device)
+
+
+def attended(
+    blocks: ExecutionBlocks, settings: LayerSettings, residency: Residency, chosen: torch.Tensor, mass: torch.Tensor
+) -> None:
+    for i, row in enumerate(blocks.rows.tolist()):
+        if row[Row.START] == row[Row.END]:
+            continue
+        units, kept = residency.unit[row[Row.REQUEST]], residency.mass[row[Row.REQUEST]]
+        kept *= residency.decay
+        places = (units[:, None] == chosen[i, settings.init_blocks :]) & (units[:, None] != EMPTY)
+        slot, place = places.nonzero(as_tuple=True)
+        kept[slot] += mass[i, settings.init_blocks :][place]
 
 
 def unpack(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -214,6 +253,36 @@ def represent(key: torch.Tensor, received: torch.Tensor, repr_topk: int) -> torc
     tokens = torch.sort(received, dim=1, descending=True, stable=True).indices[:, :repr_topk]
     per_head = key.transpose(0, 1).repeat_interleave(num_heads // kv_heads, dim=0)  # [H, B, D]
     return per_head.gather(1, tokens[..., None].expand(-1, -1, head_size)).mean(1)
+
+
+def _place(
+    residency: Residency, request: int, chosen: list[int], init: int, available: int
+) -> tuple[list[int], list[int]]:
+    """Blocks of the request, by number, that hold the chosen units; places of those that come in now."""
+    unit, arrived, used, mass = (
+        x[request] for x in (residency.unit, residency.arrived, residency.used, residency.mass)
+    )
+    residency.clock[request] += 1
+    now, wanted = int(residency.clock[request]), chosen[init:]
+    resident, slots, new = unit[:available].tolist(), [], []
+    rank = {Strategy.LRU: used, Strategy.FIFO: torch.zeros_like(used), Strategy.LRU_S: mass}[residency.strategy]
+    counts = residency.counts[request]
+    for place, wanted_unit in enumerate(wanted, init):
+        if wanted_unit not in resident:
+            new.append(place)
+            if EMPTY in resident:
+                slot = resident.index(EMPTY)
+            else:
+                candidates = (slot for slot in range(available) if resident[slot] not in wanted)
+                slot = min(candidates, key=lambda slot: (float(rank[slot]), int(arrived[slot])))
+                counts[2] += 1
+            resident[slot] = wanted_unit
+            unit[slot], arrived[slot], mass[slot] = wanted_unit, now * PLACES + place, 0.0
+        slots.append(resident.index(wanted_unit))
+    used[slots] = now
+    counts[0] += len(wanted) - len(new)
+    counts[1] += len(new)
+    return [*range(min(init, len(chosen))), *(init + slot for slot in slots)], new
 
 
 def _tokens(row: list[int]) -> slice:

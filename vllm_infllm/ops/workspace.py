@@ -1,0 +1,16 @@
+"""Tensors that operations keep from call to call, so that a steady state allocates nothing and addresses stay fixed."""
+
+import math
+
+import torch
+
+_buffers: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
+
+
+def take(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """An uninitialized tensor; what was taken under the same name before shares its memory."""
+    count = math.prod(shape)
+    buffer = _buffers.get((name, dtype, device))
+    if buffer is None or buffer.numel() < count:
+        buffer = _buffers[name, dtype, device] = torch.empty(count, dtype=dtype, device=device)
+    return buffer[:count].view(shape)
