@@ -67,7 +67,7 @@ class Residency:
 
     def layer(self, layer: int) -> "Residency":
         """The caches of one layer."""
-        tensors = (x[:, layer] for x in (self.unit, self.arrived, self.used, self.mass, self.clock, self.counts))
+        tensors = (x.select(1, layer) for x in (self.unit, self.arrived, self.used, self.mass, self.clock, self.counts))
         return Residency(self.strategy, self.decay, *tensors)
 
     def reset(self, request: int) -> None:

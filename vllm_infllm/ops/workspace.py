@@ -13,4 +13,4 @@ def take(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.de
     buffer = _buffers.get((name, dtype, device))
     if buffer is None or buffer.numel() < count:
         buffer = _buffers[name, dtype, device] = torch.empty(count, dtype=dtype, device=device)
-    return buffer[:count].view(shape)
+    return buffer.narrow(0, 0, count).view(shape)
