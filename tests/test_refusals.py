@@ -75,6 +75,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         {"block_size": 24},
         ["--block-size 24", "multiple of 16", 'ops="reference"'],
     ),
+    "operations of a GPU": ({"ops": "triton"}, {}, ["ops='triton'", "needs a GPU", "remove it"]),
     "automatic length": ({}, {"max_model_len": -1}, ["--max-model-len auto", "give a number"]),
 }
 

@@ -42,9 +42,9 @@ class InfLLMConfig(BaseModel):
     """Decay of the attention mass of `lru-s` for each execution block."""
     host_memory_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Host memory for units; by default what is free at startup, less a reserve."""
-    ops: Literal["cpu", "reference"] | None = None
-    """Implementation of the operations: "cpu" (C++, what the CPU platform runs unless told otherwise) or "reference"
-    (plain torch, slow)."""
+    ops: Literal["cpu", "triton", "reference"] | None = None
+    """Implementation of the operations: "cpu" (C++, the CPU platform's own), "triton" (Triton and CUDA, a GPU's own) or
+    "reference" (plain torch, slow)."""
     block_size: _Positive = DEFAULT_BLOCK_SIZE
     """Unit size: vLLM's --block-size. Not a key of its own."""
 

@@ -10,6 +10,7 @@ needs it.
 """
 
 import functools
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -231,19 +232,25 @@ def _resolve_config(args: "EngineArgs", model_config: "ModelConfig") -> None:
         init_logger(f"vllm.{__name__}").info(
             "InfLLM: defaults shrunk to fit a model trained on %d tokens: %s.", model_config.max_model_len, shrunk
         )
-    args.additional_config = {**given, KEY: _Resolved({**config.model_dump(), "ops": _ops(config)})}
+    args.additional_config = {**given, KEY: _Resolved({**config.model_dump(), "ops": chosen_ops(config)})}
 
 
-def _ops(config: InfLLMConfig) -> ops.OpsName:
+def chosen_ops(config: InfLLMConfig) -> ops.OpsName:
     """The implementation of the operations: what was asked for, else the platform's."""
     from vllm.platforms import current_platform
 
-    if config.ops == "cpu" and not current_platform.is_cpu():
+    on_cpu = current_platform.is_cpu()
+    if config.ops == "cpu" and not on_cpu:
         raise ConfigError(
             f"--additional-config \"{KEY}\": ops='cpu' needs the CPU platform, and this is "
             f"{current_platform.device_name}: remove it."
         )
-    return config.ops or ("cpu" if current_platform.is_cpu() else "reference")
+    if config.ops == "triton" and on_cpu and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError(
+            f"--additional-config \"{KEY}\": ops='triton' needs a GPU, and this is the CPU platform: remove it. (To "
+            "test the kernels in Triton's interpreter set TRITON_INTERPRET=1.)"
+        )
+    return config.ops or ("cpu" if on_cpu else "triton")
 
 
 class _Resolved(dict[str, Any]):

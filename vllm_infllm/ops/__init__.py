@@ -5,7 +5,7 @@ from typing import Literal
 
 from vllm_infllm.ops.interface import Ops
 
-OpsName = Literal["cpu", "reference"]
+OpsName = Literal["cpu", "triton", "reference"]
 
 
 def load(name: OpsName) -> Ops:
