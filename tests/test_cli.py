@@ -94,3 +94,42 @@ def test_a_missing_vllm_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert message is not None and "none is installed: pip install 'vllm-infllm[cpu]'" in message
     assert cli.main(["demo"]) == 1
     assert message in capsys.readouterr().err
+
+
+def doctor(capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    status = cli.main(["doctor"])
+    return status, " ".join(capsys.readouterr().out.split())
+
+
+def test_doctor_finds_everything_here(capsys: pytest.CaptureFixture[str]) -> None:
+    """On this machine InfLLM can start: versions, the kernels that would run, and what a CPU does not need."""
+    from vllm_infllm.ops import cpu
+
+    status, said = doctor(capsys)
+    assert status == 0
+    assert f"vllm-infllm {__version__}" in said and "vLLM 0.32" in said and "platform CPU" in said
+    assert "plugin installed" in said and f"operations {cpu.describe()}" in said
+    assert "CUDA torch is built without it" in said
+
+
+def test_doctor_says_what_is_missing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each fault ends with its remedy and makes the exit status 1."""
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [])
+    status, said = doctor(capsys)
+    assert status == 1 and "vLLM would not find it: install vllm-infllm with pip" in said
+    monkeypatch.undo()
+    monkeypatch.setattr("vllm.version.__version_tuple__", (0, 12, 1))
+    status, said = doctor(capsys)
+    assert status == 1 and "0.12.1 is installed: install one of these" in said and "operations" not in said
+
+
+def test_doctor_names_the_kernels_that_a_gpu_needs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a GPU platform and no CUDA extension, startup would stop; so says the doctor, with the remedy."""
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    monkeypatch.delitem(sys.modules, "vllm_infllm.ops.cuda", raising=False)
+    status, said = doctor(capsys)
+    assert status == 1 and "CUDA kernels" in said and ".[cuda]" in said

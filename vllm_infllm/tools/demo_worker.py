@@ -26,10 +26,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one prompt gave, and what it took: seconds until the last token, and KV blocks held at the peak."""
+    """What one prompt gave, and what it took: seconds until the last token and until the first, the number of tokens,
+    and KV blocks held at the peak."""
 
     text: str
     seconds: float
+    first_seconds: float
+    tokens: int
     blocks: int
 
 
@@ -61,14 +64,18 @@ def answer(llm: Any, prompt: list[int], max_tokens: int) -> Iterator[dict[str, A
     start, steps, peak = time.monotonic(), 0, 0
     llm.enqueue({"prompt_token_ids": prompt}, SamplingParams(temperature=0, max_tokens=max_tokens), use_tqdm=False)
     outputs: list[Any] = []
+    first = 0.0
     while llm.llm_engine.has_unfinished_requests():
         outputs = llm.llm_engine.step() or outputs
+        if outputs and not first:
+            first = time.monotonic() - start
         held = blocks_in_use(llm)
         # The engine also reports an idle step between two requests.
         steps += held > 0
         peak = max(peak, held)
         yield {"tokens": min(steps * chunk, len(prompt))}
-    yield asdict(Answer(outputs[-1].outputs[0].text, time.monotonic() - start, peak))
+    completion = outputs[-1].outputs[0]
+    yield asdict(Answer(completion.text, time.monotonic() - start, first, len(completion.token_ids), peak))
 
 
 def blocks_in_use(llm: Any) -> int:
