@@ -269,8 +269,7 @@ class Scene:
             spans.append(Span(offset, member.task.start, member.task.end, table))
             offset += len(member.query)
         metadata = InfLLMMetadata(total, torch.empty(0), block_table, spans)
-        by_row = sorted(zip(place, members, strict=True), key=lambda pair: pair[0])
-        requests = [RequestMemory(0, member.task.accumulate, row, member.units) for row, member in by_row]
+        requests = [RequestMemory(0, member.task.accumulate, 0, member.units) for member in members]
         metadata.plan(requests, sizes.geometry, sizes.topk, max_len=1 << 20)
         (only_round,) = metadata.rounds
         return Batch(only_round.blocks, query, tokens)

@@ -55,17 +55,16 @@ class InfLLMMetadata(AttentionMetadata):
     def plan(self, requests: list[RequestMemory], geometry: Geometry, topk: int, max_len: int) -> None:
         """Cut the spans into execution blocks; round i holds the i-th one of every span that has as many.
 
-        requests: by row of the block table. max_len: longest request in tokens.
+        requests: of the spans. max_len: longest request in tokens.
         """
-        members = [requests[span.table] for span in self.spans]
-        units = torch.cat([member.units for member in members]) if members else torch.empty(0, dtype=torch.int64)
+        units = torch.cat([request.units for request in requests]) if requests else torch.empty(0, dtype=torch.int64)
         units = _on_device(units, self.block_table.device, "units")
         first_unit = 0
         rows_of_span = []
-        for span, member in zip(self.spans, members, strict=True):
-            cuts = geometry.execution_blocks(span.start, span.end, member.prompt_len)
-            rows_of_span.append([(span, member, first_unit, s, e) for s, e in cuts])
-            first_unit += len(member.units)
+        for span, request in zip(self.spans, requests, strict=True):
+            cuts = geometry.execution_blocks(span.start, span.end, request.prompt_len)
+            rows_of_span.append([(span, request, first_unit, s, e) for s, e in cuts])
+            first_unit += len(request.units)
         for number, rows in enumerate(zip_longest(*rows_of_span)):
             present = [row for row in rows if row is not None]
             self.rounds.append(_round(number, present, self.block_table, units, geometry, topk, max_len))

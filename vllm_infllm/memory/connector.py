@@ -188,9 +188,10 @@ class InfLLMConnector(KVConnectorBase_V1, SupportsHMA):
 
 
 def _members(attention: InfLLMMetadata, requests: RequestTable, request_ids: list[str] | None) -> list[RequestMemory]:
-    """The requests of a step, by row of its block table."""
-    rows = range(1 + max((span.table for span in attention.spans), default=-1))
+    """The requests of a step's spans."""
+    rows = [span.table for span in attention.spans]
     if request_ids is not None:
         return [requests.named(request_ids[row]) for row in rows]
     # Model runner V1 does not say whose row is whose; the first block does.
-    return [requests[block] for block in attention.block_table[: len(rows), 0].tolist()]
+    first_blocks = attention.block_table[:, 0].tolist()
+    return [requests[first_blocks[row]] for row in rows]
