@@ -222,6 +222,9 @@ vllm.v1.worker.kv_connector_model_runner_mixin:KVConnectorModelRunnerMixin._get_
     does kv_connector.start_load_kv, yield
 vllm.v1.worker.gpu.kv_connector:ActiveKVConnector.pre_forward -- model runner V2
     does 1 x self._start_load_kv if scheduler_output.has_sync_kv_loads
+vllm.v1.worker.gpu.kv_connector:ActiveKVConnector._build_load_kwargs -- V2 says whose row is whose
+    says request_ids=input_batch.req_ids
+    says load_kwargs['attn_metadata'] = attn_metadata
 vllm.v1.worker.gpu.kv_connector:ActiveKVConnector._start_load_kv -- model runner V2
     says self.kv_connector.start_load_kv(get_forward_context(), **load_kwargs)
 vllm.v1.worker.gpu.model_runner:GPUModelRunner.execute_model -- V2: the connector between metadata and model
