@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_infllm.memory.geometry import Geometry
+from vllm_infllm.selection import RuleName
 
 KEY = "infllm"
 DEFAULT_BLOCK_SIZE = 128
@@ -31,6 +32,8 @@ class InfLLMConfig(BaseModel):
     """Units retrieved for each execution block; 0 attends to the window and the initial tokens only."""
     repr_topk: _Positive = 4
     """Representative tokens of a unit."""
+    selection: RuleName = "mean"
+    """Which units are retrieved: "mean", the paper's rule, or another one (docs/selection.md), on the CPU platform."""
     exc_block_size: _Positive = 512
     """Queries that share one retrieval during prefill; at most n_local."""
     max_cached_blocks: _NonNegative = 0

@@ -250,6 +250,11 @@ def chosen_ops(config: InfLLMConfig) -> ops.OpsName:
             f"--additional-config \"{KEY}\": ops='triton' needs a GPU, and this is the CPU platform: remove it. (To "
             "test the kernels in Triton's interpreter set TRITON_INTERPRET=1.)"
         )
+    if config.selection != "mean" and not on_cpu:
+        raise ConfigError(
+            f"--additional-config \"{KEY}\": selection='{config.selection}' runs on the CPU platform only, and this is "
+            f"{current_platform.device_name}: remove it for the paper's rule."
+        )
     return config.ops or ("cpu" if on_cpu else "triton")
 
 

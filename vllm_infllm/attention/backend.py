@@ -16,6 +16,7 @@ from vllm_infllm.memory.residency import Residency, Strategy
 from vllm_infllm.memory.store import LayerMemory
 from vllm_infllm.ops import workspace
 from vllm_infllm.ops.interface import LayerSettings, Leaving
+from vllm_infllm.selection.layer import LayerSelection
 
 NAME = "INFLLM"
 
@@ -56,6 +57,8 @@ class InfLLMImpl(AttentionImpl[InfLLMMetadata]):
     rope: RotaryTable
     residency: Residency | None
     """If max_cached_blocks is set: which unit is in which slot."""
+    selection: LayerSelection | None
+    """If another selection rule than the paper's is set."""
 
     def __init__(
         self,
@@ -125,7 +128,10 @@ class InfLLMImpl(AttentionImpl[InfLLMMetadata]):
         """One execution block of each of several requests: select, resolve, attend, accumulate, seal."""
         ops, blocks, memory, slots, mass = self.ops, round_.blocks, self.memory, None, None
         self.aside.wait(kv_cache.device)
-        chosen = ops.select(blocks, self.settings, self.rope, query, memory.representatives)
+        if self.selection:
+            chosen = self.selection.select(blocks, self.settings, self.rope, query)
+        else:
+            chosen = ops.select(blocks, self.settings, self.rope, query, memory.representatives)
         if self.residency:
             slots, missing = ops.resolve(blocks, self.settings, self.residency, chosen)
             ops.gather(memory, missing, slots, kv_cache)
@@ -142,6 +148,8 @@ class InfLLMImpl(AttentionImpl[InfLLMMetadata]):
         """Move the blocks that have left every window into the store."""
         leaving = round_.blocks.leaving
         self.ops.seal(round_.blocks, self.settings, self.rope, kv_cache, self.memory)
+        if self.selection:
+            self.selection.summarize(round_.blocks, self.settings, self.memory, self.ops)
         if self.residency and round_.initial is not None:
             # Kept blocks of initial tokens are slots from now on: their keys lie there un-rotated, too.
             self.ops.gather(self.memory, round_.initial, leaving[:, Leaving.PHYSICAL], kv_cache)

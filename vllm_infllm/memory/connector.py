@@ -15,6 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
+from vllm_infllm import selection
 from vllm_infllm.attention import aside
 from vllm_infllm.attention.metadata import InfLLMMetadata
 from vllm_infllm.config import KEY, InfLLMConfig
@@ -22,6 +23,7 @@ from vllm_infllm.memory.manager import InfLLMManager, InfLLMSpec
 from vllm_infllm.memory.requests import RequestMemory, RequestTable
 from vllm_infllm.memory.residency import Residency, Strategy
 from vllm_infllm.memory.store import LayerMemory
+from vllm_infllm.selection.layer import LayerSelection
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -133,6 +135,8 @@ class InfLLMConnector(KVConnectorBase_V1, SupportsHMA):
                 impl.memory = LayerMemory.allocate(
                     spec.num_units, cache.shape[0], impl.num_heads, cache, impl.head_size
                 )
+                rule = selection.load(self.config.selection)
+                impl.selection = rule and LayerSelection.allocate(rule, impl.memory, self.config.repr_topk)
                 self._group_of_layer[name] = group
                 self._requests[group] = RequestTable()
         for group in self._requests:

@@ -3,6 +3,8 @@
 Packing: token by token, [B, D] for each head.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from vllm_infllm.attention.rope import RotaryTable
@@ -34,13 +36,24 @@ def select(
     query: torch.Tensor,
     representatives: torch.Tensor,
 ) -> torch.Tensor:
+    return select_by(lambda far, units: score(far, representatives[units]), blocks, settings, rope, query)
+
+
+def select_by(
+    score_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    blocks: ExecutionBlocks,
+    settings: LayerSettings,
+    rope: RotaryTable,
+    query: torch.Tensor,
+) -> torch.Tensor:
+    """`select` by another score: of far queries [T, H, D] float32 and host unit ids [U], scores [U]."""
     chosen = torch.full((len(blocks.rows), blocks.num_chosen), -1, dtype=torch.int64, device=query.device)
     for i, row in enumerate(blocks.rows.tolist()):
         units = blocks.units[row[Row.UNITS] : row[Row.UNITS] + row[Row.STORED]]
         initial, sealed = units[: settings.init_blocks], units[settings.init_blocks :]
         if len(sealed) > settings.topk:
             far_query = rope.far(query[_tokens(row)], _positions(row, query), settings.n_local)
-            sealed = sealed[top(score(far_query, representatives[sealed]), settings.topk).to(sealed.device)]
+            sealed = sealed[top(score_of(far_query, sealed), settings.topk).to(sealed.device)]
         chosen[i, : len(initial) + len(sealed)] = torch.cat([initial, sealed])
     return chosen
 
