@@ -36,7 +36,7 @@ def answers(engine: dict[str, Any], prompts: list[list[int]]) -> list[tuple[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="folder or name of a model (default: the demo model)")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[500, 1000, 4000], help="tokens of each prompt")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[500, 3000], help="tokens of each prompt")
     args = parser.parse_args()
     model = {"model": args.model or str(demo_model()), "dtype": "auto" if args.model else demo_dtype()}
     tokenizer = AutoTokenizer.from_pretrained(model["model"])

@@ -8,16 +8,17 @@ import argparse
 from vllm import LLM, SamplingParams
 
 from vllm_infllm.tools.model import demo_dtype, demo_model
-from vllm_infllm.tools.passkey import FILLER, NEEDLE, QUESTION
+from vllm_infllm.tools.passkey import FILLER, NEEDLE, TASK
 
 KEY = 27182
+QUESTION = "What is the pass key? Answer with the five digits."
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="folder or name of a model (default: the demo model)")
     parser.add_argument("--turns", type=int, default=3, help="messages before the question (default: %(default)s)")
-    parser.add_argument("--lines", type=int, default=40, help="lines of filler in each (default: %(default)s)")
+    parser.add_argument("--lines", type=int, default=35, help="lines of filler in each (default: %(default)s)")
     args = parser.parse_args()
 
     llm = LLM(
@@ -29,7 +30,8 @@ def main() -> None:
         max_num_seqs=1,
         enforce_eager=True,  # starts sooner, runs slower
     )
-    said = [NEEDLE.format(key=KEY) + FILLER * args.lines, *[FILLER * args.lines] * (args.turns - 1), QUESTION]
+    filler = FILLER * args.lines
+    said = [TASK + FILLER * 5 + NEEDLE.format(key=KEY) + filler, *[filler] * (args.turns - 1), QUESTION]
     history: list[dict[str, str]] = []
     for message in said:
         history.append({"role": "user", "content": message})
