@@ -1,6 +1,9 @@
 """The documentation says what the code does: drawings, configuration tables, messages, links, programs."""
 
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -103,6 +106,23 @@ def anchors(page: Path) -> set[str]:
     """The anchors that headings of a page get."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def test_faults_in_pages_fail_the_build(tmp_path: Path) -> None:
+    """The command of `make docs`, on the site with bad links and with a page that no menu leads to."""
+    (command,) = re.findall(r"mkdocs (build .*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    for folder in ("docs", "examples"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    (tmp_path / "docs" / "lost.md").touch()
+    with (tmp_path / "docs" / "index.md").open("a") as page:
+        page.write("\n[a](gone.md) [b](serving.md#gone) [c](../README.md) [d](/index.md)\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", *command.split()], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 1 and "Aborted with 5 warnings in strict mode" in said, said
+    assert all(fault in said for fault in ("lost.md", "gone.md", "#gone", "../README.md", "/index.md"))
 
 
 def test_programs_are_shown_and_named() -> None:
