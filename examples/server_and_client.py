@@ -27,7 +27,7 @@ def main() -> None:
     infllm = ["--attention-backend", "infllm", "--additional-config", '{"infllm": {"n_local": 1024, "topk": 8}}']
     sizes = ["--max-model-len", "32768", "--max-num-seqs", "4", "--enforce-eager"]
     dtype = ["--dtype", "auto" if args.model else demo_dtype()]
-    server = subprocess.Popen([*serve, *infllm, *sizes, *dtype])
+    server = subprocess.Popen([*serve, *infllm, *sizes, *dtype], stdout=sys.stderr)
     try:
         wait_until_up(server, f"http://127.0.0.1:{args.port}/health")
         prompt = passkey_prompt(AutoTokenizer.from_pretrained(model), args.length, 0.2, KEY)
