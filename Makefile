@@ -16,7 +16,7 @@ FLAGS_address := -O1 -g -DINFLLM_STD_THREADS -fsanitize=address
 FLAGS_thread := -O1 -g -DINFLLM_STD_THREADS -fsanitize=thread
 OPS_TESTS := $(BIN)/python -m pytest tests/test_ops_cpu.py --capture=no
 
-.PHONY: env demo test test-model test-rest test-emulated test-gpu-offline sanitize lint bench clean
+.PHONY: env demo test test-model test-rest test-emulated test-gpu-offline sanitize lint docs bench clean
 
 env: $(READY)
 
@@ -33,7 +33,7 @@ demo: env
 # Two jobs at a time, the longest first: much of what tests do, starting engines above all, keeps one core busy.
 test: env
 	$(BIN)/vllm-infllm model
-	+$(MAKE) --jobs=2 --output-sync=line test-model test-rest test-gpu-offline test-emulated lint
+	+$(MAKE) --jobs=2 --output-sync=line test-model test-rest test-gpu-offline test-emulated lint docs
 
 # The tests that run the demo model for minutes, and all others.
 MODEL_TESTS := tests/test_parity.py tests/test_server.py
@@ -72,6 +72,11 @@ lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site, into build/site. A link, an anchor or a file that is not there fails the build (not with --quiet, though: what is
+# not logged does not count). Nothing is fetched.
+docs: env
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf .venv build dist vllm_infllm/*.so *.egg-info requirements/vllm-cpu-metadata/build requirements/vllm-cpu-metadata/*.egg-info

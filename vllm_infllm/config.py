@@ -22,32 +22,34 @@ class ConfigError(ValueError):
 class InfLLMConfig(BaseModel):
     """Effective configuration. Sizes are in tokens; names and defaults follow the paper (section 4.1)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    # The docstrings below the fields are the configuration reference (docs/configuration.py).
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
     n_init: _NonNegative = 128
     """Initial tokens, attended by every query; a multiple of the block size."""
     n_local: _Positive = 4096
     """Sliding window; a multiple of the block size."""
     topk: _NonNegative = 16
-    """Units retrieved for each execution block; 0 attends to the window and the initial tokens only."""
+    """Units retrieved for each execution block; 0: window and initial tokens only."""
     repr_topk: _Positive = 4
-    """Representative tokens of a unit."""
+    """Representative tokens of a unit: those that got most attention while in the window; at most the block size."""
     selection: RuleName = "mean"
-    """Which units are retrieved: "mean", the paper's rule, or another one (docs/selection.md), on the CPU platform."""
+    """Which units are retrieved: `mean`, the paper's rule, or another one (docs/selection.md), on the CPU platform."""
     exc_block_size: _Positive = 512
-    """Queries that share one retrieval during prefill; at most n_local."""
+    """Queries of a prompt that share one retrieval; at most `n_local`."""
     max_cached_blocks: _NonNegative = 0
-    """Retrieved units of a request that stay resident in its own KV blocks, at least topk; 0 reads the host store in
+    """Retrieved units that stay resident in a request's own KV blocks, at least `topk`; 0: read from host memory in
     place."""
     cache_strategy: Literal["lru", "fifo", "lru-s"] = "lru"
-    """Which resident unit leaves first: least recently used, first in, or least decayed attention mass."""
+    """Which resident unit leaves first: the least recently used (`lru`), the first that came (`fifo`), or the one with
+    the least decayed attention mass (`lru-s`)."""
     score_decay: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Decay of the attention mass of `lru-s` for each execution block."""
     host_memory_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Host memory for units; by default what is free at startup, less a reserve."""
+    """Host memory for units, in GiB; if not given, what is free at startup, less a reserve."""
     ops: Literal["cpu", "triton", "reference"] | None = None
-    """Implementation of the operations: "cpu" (C++, the CPU platform's own), "triton" (Triton and CUDA, a GPU's own) or
-    "reference" (plain torch, slow)."""
+    """Implementation of the operations: `cpu` (C++), `triton` (Triton and CUDA) or `reference` (plain torch: readable
+    and slow). If not given, `cpu` on a CPU and `triton` on a GPU."""
     block_size: _Positive = DEFAULT_BLOCK_SIZE
     """Unit size: vLLM's --block-size. Not a key of its own."""
 
