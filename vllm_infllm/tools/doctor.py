@@ -1,7 +1,7 @@
 """Say what is installed here, and what InfLLM would run on it.
 
-With a model, also the effective configuration and the memory plan of an engine that starts now, without starting one and
-without reading weights. The exit status is 0 when `--attention-backend infllm` can start.
+With a model, also the effective configuration and the memory plan of an engine that starts now, without starting one
+and without reading weights. The exit status is 0 when `--attention-backend infllm` can start.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print all findings, and then the plan."""
-    findings = list(_findings())
+    findings = list(findings_here())
     table = Table(show_header=False, box=None, pad_edge=False)
     for finding in findings:
         text = Text(finding.found)
@@ -72,7 +72,8 @@ def _print_plan(args: argparse.Namespace) -> None:
         print(line)
 
 
-def _findings() -> Iterator[Finding]:
+def findings_here() -> Iterator[Finding]:
+    """What is installed on this machine, and what would run."""
     yield Finding("vllm-infllm", __version__)
     yield Finding("Python", f"{platform.python_version()}, {platform.system()} {platform.machine()}")
     unsupported = plugin.unsupported_vllm()
