@@ -21,12 +21,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from vllm_infllm.config import KEY
 from vllm_infllm.plugin import unsupported_vllm
 from vllm_infllm.tools import CommandError
-from vllm_infllm.tools.engine_options import add_engine_options, blueprint, engine_options, positive, tokens
+from vllm_infllm.tools.engine_options import add_engine_options, blueprint, engine_options, list_of, positive, tokens
 from vllm_infllm.tools.model import demo_dtype, demo_model, full_cache_bytes
 
 if TYPE_CHECKING:
+    from vllm_infllm.tools.blueprint import Blueprint
     from vllm_infllm.tools.server import Server
-    from vllm_infllm.worker.blueprint import Blueprint
 
 SIDES = ("stock", "infllm")
 MARGIN = 16
@@ -38,14 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="folder or name of a model (default: the demo model)")
     parser.add_argument(
         "--lengths",
-        type=_list_of(tokens),
+        type=list_of(tokens),
         default=[1 << 10, 8 << 10, 32 << 10],
         metavar="TOKENS,...",
         help="of a prompt (default: 1k,8k,32k)",
     )
     parser.add_argument(
         "--concurrency",
-        type=_list_of(positive),
+        type=list_of(positive),
         default=[1],
         metavar="N,...",
         help="requests at once, as many as a run has (default: 1)",
@@ -103,15 +103,6 @@ class Cell:
 
     def __str__(self) -> str:
         return f"{self.length:,} tokens x {self.concurrency}"
-
-
-def _list_of(kind: Any) -> Any:
-    """A parser of comma-separated, ascending values."""
-
-    def parse(text: str) -> list[int]:
-        return sorted({kind(part.strip()) for part in text.split(",")})
-
-    return parse
 
 
 def _prepare(args: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from vllm_infllm.config import KEY
 from vllm_infllm.tools import CommandError
 
 if TYPE_CHECKING:
-    from vllm_infllm.worker.blueprint import Blueprint
+    from vllm_infllm.tools.blueprint import Blueprint
 
 UNITS = {"k": 1 << 10, "m": 1 << 20}
 
@@ -27,6 +28,15 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
+
+
+def list_of(parse: Callable[[str], int]) -> Callable[[str], list[int]]:
+    """A parser of comma-separated values, which come out in ascending order, each once."""
+
+    def parse_all(text: str) -> list[int]:
+        return sorted({parse(part.strip()) for part in text.split(",")})
+
+    return parse_all
 
 
 def infllm_fields(text: str) -> dict[str, Any]:
@@ -70,7 +80,7 @@ def blueprint(model: str, infllm: dict[str, Any], **options: Any) -> "Blueprint"
     """
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_infllm.worker import blueprint
+    from vllm_infllm.tools import blueprint
 
     check_model(model)
     additional = {KEY: infllm}

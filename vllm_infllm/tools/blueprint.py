@@ -20,6 +20,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec
 
 from vllm_infllm.memory.plan import MemoryPlan
+from vllm_infllm.tools.synthetic import Heads
 from vllm_infllm.worker.base import ModelLayers, bind_rope, infllm_impls, is_rope
 
 
@@ -35,9 +36,15 @@ class Blueprint:
         return self.layers.vllm_config
 
     @property
-    def num_heads(self) -> int:
-        """Query heads of a layer that runs InfLLM."""
-        return next(iter(infllm_impls(self.vllm_config).values())).num_heads
+    def num_layers(self) -> int:
+        """Layers that run InfLLM."""
+        return len(infllm_impls(self.vllm_config))
+
+    @property
+    def heads(self) -> Heads:
+        """Of a layer that runs InfLLM."""
+        impl = next(iter(infllm_impls(self.vllm_config).values()))
+        return Heads(impl.num_heads, impl.num_kv_heads, impl.head_size)
 
     def plan(self) -> MemoryPlan:
         """The plan of an engine that starts now: free is what is free at this moment, on a CPU less the weights.
