@@ -36,16 +36,47 @@ METRICS = (
     Metric("ttft_ms", "time to first token, s", 1e3),
     Metric("tpot_ms", "time per output token, ms", 1),
     Metric("tokens_per_s", "tokens/s, prompts and answers", 1, more_is_better=True),
+    Metric("offline_tokens_per_s", "tokens/s offline", 1, more_is_better=True),
+    Metric("latency_s", "seconds a batch", 1),
 )
 RESIDENT = Metric("resident_bytes", "resident memory, GiB", GIB)
 KV = Metric("kv_tokens", "KV cache in use, tokens", 1)
 
 
+# ---- samples ---------------------------------------------------------------------------------------------------------
+
+
+def serve_figures(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the JSON of `vllm bench serve`: medians over the requests of a run, and its throughput."""
+    return {
+        "ttft_ms": measured["median_ttft_ms"],
+        "tpot_ms": measured["median_tpot_ms"],
+        "tokens_per_s": measured["total_token_throughput"],
+        "prompt_tokens": measured["total_input_tokens"],
+        "answer_tokens": measured["total_output_tokens"],
+    }
+
+
+def throughput_figures(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the JSON of `vllm bench throughput`."""
+    return {"offline_tokens_per_s": measured["tokens_per_second"]}
+
+
+def latency_figures(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the JSON of `vllm bench latency`."""
+    return {"latency_s": median(measured["latencies"])}
+
+
 def values(record: Record, metric: Metric, side: str, length: int, concurrency: int) -> list[float]:
     """The figures of one cell, one a round."""
     place = {"side": side, "length": length, "concurrency": concurrency}
-    found = [sample for sample in record["samples"] if place.items() <= sample.items()]
+    found = [sample for sample in record["samples"] if metric.field in sample and place.items() <= sample.items()]
     return [sample[metric.field] / metric.scale for sample in sorted(found, key=lambda sample: sample["round"])]
+
+
+def measured_metrics(record: Record) -> list[Metric]:
+    """Those that there are samples of."""
+    return [metric for metric in METRICS if any(metric.field in sample for sample in record["samples"])]
 
 
 def gain(record: Record, metric: Metric, length: int, concurrency: int) -> Ratio:
@@ -88,17 +119,23 @@ def crossovers(record: Record, metric: Metric) -> dict[int, float | None]:
 def tables(record: Record) -> list[Table]:
     """One a concurrency, and the memory of all."""
     lengths, concurrencies = grid(record)
-    return [*(_speed(record, lengths, c) for c in concurrencies), _memory(record, lengths, concurrencies)]
+    found = [_speed(record, lengths, c) for c in concurrencies]
+    return [*found, _memory(record, lengths, concurrencies)] if _has_memory(record) else found
+
+
+def _has_memory(record: Record) -> bool:
+    """Only servers are watched."""
+    return any(RESIDENT.field in sample for sample in record["samples"])
 
 
 def _speed(record: Record, lengths: Sequence[int], concurrency: int) -> Table:
     header = ["prompt tokens"]
-    for metric in METRICS:
+    for metric in measured_metrics(record):
         header += [f"{metric.title}: stock", "infllm", "gain (spread)"]
     rows = []
     for length in lengths:
         row = [f"{length:,}"]
-        for metric in METRICS:
+        for metric in measured_metrics(record):
             row += [f"{median(values(record, metric, side, length, concurrency)):,.2f}" for side in ("stock", "infllm")]
             row.append(str(gain(record, metric, length, concurrency)))
         rows.append(row)
@@ -132,7 +169,8 @@ def write_json(record: Record, folder: Path) -> None:
 def write(record: Record, folder: Path) -> None:
     """report.md and its plots."""
     lengths, _ = grid(record)
-    plots = [plot(folder / f"{metric.field}.svg", partial(_draw, record, metric)) for metric in (*METRICS, RESIDENT)]
+    metrics = [*measured_metrics(record), *([RESIDENT] if _has_memory(record) else [])]
+    plots = [plot(folder / f"{metric.field}.svg", partial(_draw, record, metric)) for metric in metrics]
     parts = [
         "# Stock vLLM and InfLLM",
         f"{record['model']} in {record['dtype']}; answers of {record['output_len']} tokens; medians of "
@@ -148,14 +186,14 @@ def write(record: Record, folder: Path) -> None:
         "## Environment",
         Table("", ["", ""], list(record["environment"].items())).markdown(),
         f"{record['layers']}. Configuration: `{json.dumps(record['infllm'])}`",
-        *(f"```console\n$ {shlex.join(command)}\n```" for command in record["serve"].values()),
+        "\n".join(f"- {side}: `{shlex.join([record['model'], *flags])}`" for side, flags in record["engine"].items()),
         f"All samples are in results.json. Lengths: {', '.join(f'{length:,}' for length in lengths)}.",
     ]
     (folder / "report.md").write_text("\n\n".join(parts) + "\n")
 
 
 def _crossover_lines(record: Record) -> Iterator[str]:
-    for metric in METRICS:
+    for metric in measured_metrics(record):
         for concurrency, length in crossovers(record, metric).items():
             where = "not within the measured lengths" if length is None else f"from {length:,.0f} tokens on"
             yield f"- {metric.title}, requests at once: {concurrency}: InfLLM is better {where}"

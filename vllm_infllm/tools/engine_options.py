@@ -1,11 +1,13 @@
 """Options that say which engine is meant: they are those of `vllm serve`, and InfLLM's configuration."""
 
 import argparse
+import contextlib
 import json
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm_infllm.config import KEY
 from vllm_infllm.tools import CommandError
@@ -13,6 +15,7 @@ from vllm_infllm.tools import CommandError
 if TYPE_CHECKING:
     from vllm_infllm.tools.blueprint import Blueprint
 
+Value = TypeVar("Value")
 UNITS = {"k": 1 << 10, "m": 1 << 20}
 
 
@@ -30,11 +33,11 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def list_of(parse: Callable[[str], int]) -> Callable[[str], list[int]]:
-    """A parser of comma-separated values, which come out in ascending order, each once."""
+def list_of(parse: Callable[[str], Value]) -> Callable[[str], list[Value]]:
+    """A parser of comma-separated values; each comes out once."""
 
-    def parse_all(text: str) -> list[int]:
-        return sorted({parse(part.strip()) for part in text.split(",")})
+    def parse_all(text: str) -> list[Value]:
+        return list(dict.fromkeys(parse(part.strip()) for part in text.split(",")))
 
     return parse_all
 
@@ -84,12 +87,44 @@ def blueprint(model: str, infllm: dict[str, Any], **options: Any) -> "Blueprint"
 
     check_model(model)
     additional = {KEY: infllm}
+    with quiet_vllm():
+        try:
+            return blueprint.draw(
+                EngineArgs(model=model, attention_backend="infllm", additional_config=additional, **options)
+            )
+        except (ValueError, OSError) as error:
+            raise CommandError(_reason(error)) from error
+
+
+def trained_length(model: str) -> int:
+    """Tokens that a model was trained for, as vLLM derives them.
+
+    Raises:
+        CommandError: if it cannot be read.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    check_model(model)
+    with quiet_vllm():
+        try:
+            return EngineArgs(model=model).create_model_config().max_model_len
+        except (ValueError, OSError) as error:
+            raise CommandError(_reason(error)) from error
+
+
+@contextlib.contextmanager
+def quiet_vllm() -> Iterator[None]:
+    """Without the progress that vLLM logs to standard output, unless VLLM_LOGGING_LEVEL asks for it."""
+    import vllm.logger  # noqa: F401  sets the level
+
+    logger = logging.getLogger("vllm")
+    level = logger.level
+    if "VLLM_LOGGING_LEVEL" not in os.environ:
+        logger.setLevel(logging.ERROR)
     try:
-        return blueprint.draw(
-            EngineArgs(model=model, attention_backend="infllm", additional_config=additional, **options)
-        )
-    except (ValueError, OSError) as error:
-        raise CommandError(_reason(error)) from error
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def check_model(model: str) -> None:

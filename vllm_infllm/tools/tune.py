@@ -27,11 +27,11 @@ from vllm_infllm.tools import CommandError
 from vllm_infllm.tools.engine_options import (
     add_engine_options,
     blueprint,
-    check_model,
     engine_options,
     list_of,
     positive,
     tokens,
+    trained_length,
 )
 from vllm_infllm.tools.model import demo_dtype, demo_model
 from vllm_infllm.tools.tables import Table
@@ -39,7 +39,6 @@ from vllm_infllm.tools.tables import Table
 if TYPE_CHECKING:
     from vllm_infllm.tools.blueprint import Blueprint
 
-WINDOWS = [512, 1024, 2048, 4096, 8192, 16384]
 TOPKS = [4, 8, 16, 32, 64]
 LAYERS = 8
 """Most layers that are measured; each has tensors of its own, as in a model."""
@@ -62,9 +61,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-ms-per-token", type=_goal, metavar="MS", help="goal: decoding one request at the longest context"
     )
     parser.add_argument(
-        "--n-local", type=list_of(tokens), default=WINDOWS, metavar="TOKENS,...", help="windows to consider"
+        "--n-local",
+        type=list_of(tokens),
+        metavar="TOKENS,...",
+        help="windows to consider (default: 2, 4, 8, ... blocks, as far as the model was trained)",
     )
-    parser.add_argument("--topk", type=list_of(positive), default=TOPKS, metavar="N,...", help="units to consider")
+    parser.add_argument(
+        "--topk",
+        type=list_of(positive),
+        default=TOPKS,
+        metavar="N,...",
+        help="units to consider (default: 4,8,16,32,64)",
+    )
     add_engine_options(parser)
     parser.set_defaults(usage_error=parser.error)
 
@@ -194,20 +202,19 @@ def _consider(args: argparse.Namespace, measure: bool) -> list[Candidate]:
     Raises:
         CommandError: if the engine would be refused whatever the setting.
     """
-    from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
 
     if measure and not current_platform.is_cpu():
         raise CommandError("--max-ms-per-token is measured on CPU only so far: use --max-kv-gib-per-request.")
     options = {**engine_options(args), "max_model_len": args.max_model_len}
     block_size = args.block_size or DEFAULT_BLOCK_SIZE
-    check_model(args.model)
-    trained_len = EngineArgs(model=args.model).create_model_config().max_model_len
+    trained_len = trained_length(args.model)
     considered = []
     linear: float | None = None
-    for n_local in track(args.n_local, "considering", console=Console(stderr=True), transient=True):
+    windows = args.n_local or _windows(args.infllm, block_size, trained_len)
+    for n_local in track(sorted(windows), "considering", console=Console(stderr=True), transient=True):
         drawn: Blueprint | None = None
-        for topk in args.topk:
+        for topk in sorted(args.topk):
             fields = {**args.infllm, "n_local": n_local, "topk": topk}
             try:
                 config = resolve(fields, block_size, trained_len)
@@ -218,6 +225,17 @@ def _consider(args: argparse.Namespace, measure: bool) -> list[Candidate]:
             except (ConfigError, CommandError) as error:
                 considered.append(Candidate(n_local, topk, block_size, refusal=str(error)))
     return considered
+
+
+def _windows(infllm: dict[str, Any], block_size: int, trained_len: int) -> list[int]:
+    """2, 4, 8, ... blocks, up to the last that fits the trained length; 2 at least, so that a refusal can be shown."""
+    windows = [2 * block_size]
+    while True:
+        try:
+            resolve({**infllm, "n_local": 2 * windows[-1]}, block_size, trained_len)
+        except ConfigError:
+            return windows
+        windows.append(2 * windows[-1])
 
 
 def _candidate(drawn: "Blueprint", config: InfLLMConfig, linear_seconds: float | None) -> Candidate:
