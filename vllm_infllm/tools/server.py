@@ -1,5 +1,6 @@
 """`vllm serve` in a process of its own, and vLLM's other commands beside it."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -63,13 +64,20 @@ class Server:
         try:
             self._wait_until_up()
         except BaseException:
-            stop(self._process, STOP_SECONDS)
+            self._stop()
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        """First by vLLM's own shutdown, which takes its processes and their shared memory along."""
+        self._process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(STOP_SECONDS)
         stop(self._process, STOP_SECONDS)
 
     def check(self) -> None:
