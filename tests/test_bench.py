@@ -242,14 +242,15 @@ def test_a_failure_is_one_line_with_its_log(
     assert not left(started(vllm))
 
 
-def test_interrupting_leaves_nothing(model: str, vllm: Path, tmp_path: Path) -> None:
-    """Ctrl-C while a run is going on: server, its child and the run are gone."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupting_leaves_nothing(number: signal.Signals, model: str, vllm: Path, tmp_path: Path) -> None:
+    """Ctrl-C, or a signal to end, while a run is going on: server, its child and the run are gone."""
     (vllm / "mood").write_text("hang")
 
     def interrupt() -> None:
         while not (vllm / "dead").exists():
             time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
     threading.Thread(target=interrupt).start()
     assert cli.main(command(model, tmp_path / "out")) == 130

@@ -171,8 +171,10 @@ def _engine_flags(side: str, args: argparse.Namespace, drawn: "Blueprint") -> li
             # Without a size vLLM takes nearly all memory of the machine.
             needed = full_cache_bytes(args.model, options["dtype"], longest, drawn.layers.config.block_size)
             options["kv_cache_memory_bytes"] = needed * seqs
-    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    return [*flags, "--no-enable-prefix-caching"]
+    flags = ["--no-enable-prefix-caching"]
+    for name, value in options.items():
+        flags += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return flags
 
 
 @contextmanager

@@ -67,11 +67,19 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-num-batched-tokens", type=tokens, metavar="TOKENS", help="tokens a step")
     parser.add_argument("--block-size", type=positive, metavar="TOKENS", help="size of a KV block and of a unit")
     parser.add_argument("--kv-cache-memory-bytes", type=positive, metavar="BYTES", help="size of the paged KV cache")
+    parser.add_argument("--enforce-eager", action="store_true", default=None, help="without compilation")
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """Those of `add_engine_options` that were given, by vLLM's names, but InfLLM's configuration."""
-    names = ("dtype", "max_num_seqs", "max_num_batched_tokens", "block_size", "kv_cache_memory_bytes")
+    names = (
+        "dtype",
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "block_size",
+        "kv_cache_memory_bytes",
+        "enforce_eager",
+    )
     return {name: value for name in names if (value := getattr(args, name)) is not None}
 
 
