@@ -78,7 +78,7 @@ def test_doctor_says_what_the_engine_says(
     [
         ({}, ["--infllm", '{"n_locl": 512}'], 'n_locl=512: unknown field. Did you mean "n_local"?'),
         ({}, ["--infllm", '{"host_memory_gib": 0.001}'], "host units = "),
-        ({}, ["--dtype", "floaty"], "floaty"),
+        ({}, ["--dtype", "floaty"], "--dtype floaty: "),
         (
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},
             [],
@@ -105,6 +105,13 @@ def test_weights_are_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     said = capsys.readouterr().out
     assert f"{size / (1 << 30):.2f} GiB of weights, torch.bfloat16, at most 8192 tokens" in said
     assert "InfLLM runs 2 of 2 attention layers" in said
+
+
+def test_options_of_an_engine_need_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["doctor", "--max-model-len", "8k"])
+    assert end.value.code == 2
+    assert "options of an engine need --model" in capsys.readouterr().err
 
 
 def test_a_missing_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -140,7 +140,7 @@ def _describe(args: argparse.Namespace, drawn: "Blueprint") -> dict[str, Any]:
         "dtype": str(drawn.vllm_config.model_config.dtype).removeprefix("torch."),
         "environment": {finding.what: finding.found for finding in findings_here()},
         "infllm": drawn.layers.config.model_dump(exclude_none=True),
-        "layers": drawn.layers.startup_lines(drawn.plan())[1],
+        "layers": drawn.layers.startup_lines(drawn.plan)[1],
         "kv_bytes_per_token": sizes.unit // block_size,
         "engine": {side: _engine_flags(side, args, drawn) for side in ("stock", "infllm")},
         "output_len": args.output_len,

@@ -179,7 +179,7 @@ def write(record: Record, folder: Path) -> None:
         *(f"{table.title}\n\n{table.markdown()}" for table in tables(record)),
         "Resident: all processes of the server; pages that they share count more than once. On a CPU stock vLLM "
         "touches its whole KV cache, sized for the longest prompts, when it starts. KV cache in use: blocks that "
-        "requests held, without InfLLM's units in host memory.",
+        "requests held, of the layers that run InfLLM, without its units in host memory.",
         "## Crossover",
         "\n".join(_crossover_lines(record)),
         *(f"![{file.stem}]({file.name})" for file in plots),

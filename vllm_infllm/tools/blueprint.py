@@ -30,6 +30,8 @@ class Blueprint:
 
     layers: ModelLayers
     weight_bytes: int
+    plan: MemoryPlan
+    """Of an engine that starts now: free is what is free at this moment, on a CPU less the weights."""
 
     @property
     def vllm_config(self) -> VllmConfig:
@@ -46,24 +48,12 @@ class Blueprint:
         impl = next(iter(infllm_impls(self.vllm_config).values()))
         return Heads(impl.num_heads, impl.num_kv_heads, impl.head_size)
 
-    def plan(self) -> MemoryPlan:
-        """The plan of an engine that starts now: free is what is free at this moment, on a CPU less the weights.
-
-        Raises:
-            ConfigError: if a request of max_model_len can never fit.
-        """
-        total, free = _host_memory()
-        on_cpu = current_platform.is_cpu()
-        if on_cpu:
-            free = max(0, free - self.weight_bytes)
-        return self.layers.plan(total, free, self.vllm_config.cache_config.kv_cache_memory_bytes, on_cpu)
-
 
 def draw(args: EngineArgs) -> Blueprint:
     """The blueprint of the engine that `args` would start.
 
     Raises:
-        ConfigError: for everything that would stop startup before memory is divided.
+        ConfigError: for everything that would stop its startup, a request of max_model_len that can never fit among it.
         ValueError, OSError: what vLLM refuses by itself, a model that is not there among it.
     """
     vllm_config = args.create_engine_config()
@@ -77,7 +67,12 @@ def draw(args: EngineArgs) -> Blueprint:
         bind_rope(model, vllm_config)
         current_platform.update_block_size_for_backend(vllm_config)
         layers = ModelLayers.of(get_kv_cache_spec(vllm_config), vllm_config)
-    return Blueprint(layers, sum(weight.nbytes for weight in model.parameters()))
+    weight_bytes = sum(weight.nbytes for weight in model.parameters())
+    on_cpu = current_platform.is_cpu()
+    total, free = _host_memory()
+    free = max(0, free - weight_bytes) if on_cpu else free
+    plan = layers.plan(total, free, vllm_config.cache_config.kv_cache_memory_bytes, on_cpu)
+    return Blueprint(layers, weight_bytes, plan)
 
 
 @contextmanager

@@ -19,7 +19,6 @@ from rich.text import Text
 from vllm_infllm import __version__, plugin
 from vllm_infllm.config import ConfigError, InfLLMConfig
 from vllm_infllm.memory.plan import GIB
-from vllm_infllm.tools import CommandError
 from vllm_infllm.tools.engine_options import add_engine_options, blueprint, engine_options, tokens
 
 
@@ -37,10 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="folder or name of a model to plan for")
     parser.add_argument("--max-model-len", type=tokens, metavar="TOKENS", help="longest request (default: as trained)")
     add_engine_options(parser)
+    parser.set_defaults(usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print all findings, and then the plan."""
+    if not args.model and (engine_options(args) or args.infllm or args.max_model_len):
+        args.usage_error("options of an engine need --model")
     findings = list(findings_here())
     table = Table(show_header=False, box=None, pad_edge=False)
     for finding in findings:
@@ -60,15 +62,11 @@ def _print_plan(args: argparse.Namespace) -> None:
     """What a started engine would log, word for word."""
     drawn = blueprint(args.model, args.infllm, max_model_len=args.max_model_len, **engine_options(args))
     model = drawn.vllm_config.model_config
-    try:
-        plan = drawn.plan()
-    except ConfigError as error:
-        raise CommandError(str(error)) from error
     print(
         f"\n{Path(args.model).name}: {drawn.weight_bytes / GIB:.2f} GiB of weights, {model.dtype}, at most "
         f"{model.max_model_len} tokens a request"
     )
-    for line in drawn.layers.startup_lines(plan):
+    for line in drawn.layers.startup_lines(drawn.plan):
         print(line)
 
 

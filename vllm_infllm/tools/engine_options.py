@@ -123,9 +123,9 @@ def trained_length(model: str) -> int:
 @contextlib.contextmanager
 def quiet_vllm() -> Iterator[None]:
     """Without the progress that vLLM logs to standard output, unless VLLM_LOGGING_LEVEL asks for it."""
-    import vllm.logger  # noqa: F401  sets the level
+    from vllm.logger import init_logger
 
-    logger = logging.getLogger("vllm")
+    logger = init_logger("vllm")
     level = logger.level
     if "VLLM_LOGGING_LEVEL" not in os.environ:
         logger.setLevel(logging.ERROR)
@@ -151,5 +151,9 @@ def _reason(error: Exception) -> str:
     from pydantic import ValidationError
 
     if isinstance(error, ValidationError):
-        return error.errors()[0]["msg"].removeprefix("Value error, ").split("\n")[0]
+        first = error.errors()[0]
+        reason = first["msg"].removeprefix("Value error, ").split("\n")[0]
+        # What is wrong with one field, or with several together.
+        fields = [f"--{str(field).replace('_', '-')} {first['input']}: " for field in first["loc"][:1]]
+        return "".join(fields) + reason
     return str(error).split("\n")[0]

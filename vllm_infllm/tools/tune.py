@@ -241,13 +241,12 @@ def _windows(infllm: dict[str, Any], block_size: int, trained_len: int) -> list[
 def _candidate(drawn: "Blueprint", config: InfLLMConfig, linear_seconds: float | None) -> Candidate:
     """linear_seconds: of the linear layers; None if milliseconds are not wanted."""
     sizes, longest = drawn.layers.sizes, drawn.vllm_config.model_config.max_model_len
-    plan = drawn.plan()
     return Candidate(
         config.n_local,
         config.topk,
         config.block_size,
         kv_gib=(sizes.paged_request + sizes.received_request) / GIB,
-        host_gib=config.geometry.stored_blocks(longest) * plan.unit_bytes / GIB,
+        host_gib=config.geometry.stored_blocks(longest) * drawn.plan.unit_bytes / GIB,
         ms=None if linear_seconds is None else 1e3 * (_attention_seconds(drawn, config, longest) + linear_seconds),
     )
 
