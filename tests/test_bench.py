@@ -46,9 +46,9 @@ def sample(side: str, round_: int, length: int, figures: dict[str, Any]) -> dict
 
 @pytest.fixture
 def record() -> dict[str, Any]:
-    """Three rounds of two lengths; those of the second round were written first."""
+    """Three rounds of two lengths."""
     samples = []
-    for round_, slow in ((1, 1.0), (0, 1.5), (2, 0.5)):
+    for round_, slow in enumerate((1.0, 1.5, 0.5)):
         samples += [
             sample("stock", round_, 1024, served(1000 * slow, 40, 1024)),
             sample("infllm", round_, 1024, served(2000, 50, 512)),

@@ -1,7 +1,6 @@
 """What the samples of `vllm-infllm bench` say: medians, ratios, crossovers; tables, plots and files.
 
-A sample is one run of `vllm bench serve` on one side; samples of the same cell (prompt length, concurrency) are in the
-order of their rounds on both sides.
+A sample is one run of a command of `vllm bench` on one side.
 """
 
 import json
@@ -68,10 +67,10 @@ def latency_figures(measured: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def values(record: Record, metric: Metric, side: str, length: int, concurrency: int) -> list[float]:
-    """The figures of one cell, one a round."""
+    """The figures of one cell, one a round, in the order of rounds: that in which a side's samples were taken."""
     place = {"side": side, "length": length, "concurrency": concurrency}
     found = [sample for sample in record["samples"] if metric.field in sample and place.items() <= sample.items()]
-    return [sample[metric.field] / metric.scale for sample in sorted(found, key=lambda sample: sample["round"])]
+    return [sample[metric.field] / metric.scale for sample in found]
 
 
 def measured_metrics(record: Record) -> list[Metric]:
