@@ -18,14 +18,14 @@ CANDIDATES = st.lists(
         n_local=st.integers(1, 8).map(lambda blocks: blocks * BLOCK),
         topk=st.integers(1, 8),
         block_size=st.just(BLOCK),
-        kv_gib=st.integers(1, 20).map(float),
-        ms=st.integers(1, 20).map(float),
+        kv_gib=st.integers(1, 4).map(float),
+        ms=st.integers(1, 4).map(float),
         refusal=st.sampled_from([None, None, None, "too long"]),
     ),
     min_size=1,
     max_size=12,
 )
-GOALS = st.builds(Goal, st.none() | st.integers(0, 21).map(float), st.none() | st.integers(0, 21).map(float))
+GOALS = st.builds(Goal, st.none() | st.integers(0, 5).map(float), st.none() | st.integers(0, 5).map(float))
 
 
 @given(considered=CANDIDATES, goal=GOALS)
