@@ -6,7 +6,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.tables import Table, fill_in
+from benchmarks.tables import fill_in
+from vllm_infllm.tools.tables import Table
 
 PAGE = Path("docs/gpu.md")
 WIDTH = 2

@@ -18,12 +18,13 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.machine import describe
-from benchmarks.tables import Table, fill_in
+from benchmarks.tables import fill_in
 from vllm_infllm.config import DEFAULT_BLOCK_SIZE
 from vllm_infllm.plugin import unsupported_vllm
 from vllm_infllm.tools import CommandError
 from vllm_infllm.tools.demo_worker import Answer, Job
 from vllm_infllm.tools.passkey import passkey_prompt
+from vllm_infllm.tools.tables import Table
 from vllm_infllm.tools.worker_process import json_lines
 
 WORKER = "vllm_infllm.tools.demo_worker"

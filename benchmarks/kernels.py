@@ -10,16 +10,16 @@ import torch
 from benchmarks.machine import last_level_cache, product, reading, threads
 from benchmarks.plan import BLOCK_SIZE, Plan
 from benchmarks.progress import Part
-from vllm_infllm.attention.rope import RotaryTable
 from vllm_infllm.memory import pages
 from vllm_infllm.memory.geometry import Geometry
-from vllm_infllm.memory.store import LayerMemory
-from vllm_infllm.ops.interface import ExecutionBlocks, LayerSettings, Ops
+from vllm_infllm.ops.interface import LayerSettings, Ops
+from vllm_infllm.tools import synthetic
+from vllm_infllm.tools.synthetic import Heads
 
-HEADS, KV_HEADS, HEAD_SIZE, HIDDEN, INTERMEDIATE = 9, 3, 64, 576, 1536
+HEADS, HIDDEN, INTERMEDIATE = Heads(query=9, kv=3, size=64), 576, 1536
 GEOMETRY = Geometry(block_size=BLOCK_SIZE, n_init=128, n_local=4096, exc_block_size=512)
 SETTINGS = LayerSettings(
-    n_local=GEOMETRY.n_local, init_blocks=GEOMETRY.init_blocks, topk=16, repr_topk=4, scale=HEAD_SIZE**-0.5
+    n_local=GEOMETRY.n_local, init_blocks=GEOMETRY.init_blocks, topk=16, repr_topk=4, scale=HEADS.size**-0.5
 )
 ATTEND_CONTEXT = 12288
 """Where the attending alone is measured: beyond window, initial and retrieved tokens it no longer depends on it."""
@@ -109,121 +109,31 @@ def _share(
 
 
 @dataclass(frozen=True)
-class Layer:
-    """Tensors of one layer; no two layers share any."""
+class Layer(synthetic.Layer):
+    """With the weights of its linear layers."""
 
-    cache: torch.Tensor
-    memory: LayerMemory
-    chosen: torch.Tensor
     linear: list[torch.Tensor]
 
 
-class Attending:
-    """The execution block [start, start + tokens) of one request, the same in every layer."""
+class Attending(synthetic.Attending):
+    """An execution block of SmolLM2 in the default configuration, with what is not attention."""
 
     def __init__(self, ops: Ops, start: int, tokens: int, dtype: torch.dtype) -> None:
-        self.ops, self.dtype, self.tokens = ops, dtype, tokens
-        self.blocks, self.sealing = execution_block(start, start + tokens), sealing(start, tokens)
-        self.paged = -(-(start + tokens) // BLOCK_SIZE) - GEOMETRY.stored_blocks(start)
-        self.num_units = len(self.blocks.units)
-        self.rope = _rope(start + tokens)
-        self.query = torch.randn(tokens, HEADS, HEAD_SIZE).to(dtype)
-        self.key = torch.randn(tokens, KV_HEADS, HEAD_SIZE).to(dtype)
-        self.output = torch.empty_like(self.query)
+        super().__init__(ops, HEADS, GEOMETRY, SETTINGS, start, tokens, dtype)
         self.hidden = torch.randn(tokens, HIDDEN).to(dtype)
         self.activation = torch.randn(tokens, INTERMEDIATE).to(dtype)
-        first = start - GEOMETRY.edge_start(start)
-        self.slots = torch.arange(first, first + tokens)
-
-    @property
-    def visible(self) -> int:
-        """Pairs of a query and a token that it sees: initial and retrieved, and from the edge to itself."""
-        own = self.slots[0].item() + (self.tokens + 1) / 2
-        return round(self.tokens * (self.blocks.num_chosen * BLOCK_SIZE + own))
-
-    @property
-    def operations(self) -> int:
-        """Floating-point operations of both products of attention."""
-        return 4 * HEAD_SIZE * HEADS * self.visible
-
-    @property
-    def bytes(self) -> int:
-        """Keys and values that a single query sees."""
-        return self.visible // self.tokens * 2 * KV_HEADS * HEAD_SIZE * self.dtype.itemsize
 
     def layer(self) -> Layer:
-        """A layer filled with noise; of the store only what is read and what is sealed is touched."""
-        cache = torch.randn(self.paged, KV_HEADS, BLOCK_SIZE, 2 * HEAD_SIZE).to(self.dtype)
-        memory = LayerMemory.allocate(self.num_units, self.paged, HEADS, cache, HEAD_SIZE)
-        memory.representatives.copy_(torch.randn(memory.representatives.shape))
-        memory.received.copy_(torch.rand(memory.received.shape))
-        chosen = self.ops.select(self.blocks, SETTINGS, self.rope, self.query, memory.representatives)
-        for unit in {*chosen.flatten().tolist(), *self.sealing.leaving[:, 2].tolist()}:
-            memory.keys[unit] = torch.randn(memory.keys.shape[1:]).to(self.dtype)
-            memory.values[unit] = torch.randn(memory.values.shape[1:]).to(self.dtype)
+        width = HEADS.query * HEADS.size
         shapes = [
-            ((HEADS + 2 * KV_HEADS) * HEAD_SIZE, HIDDEN),
-            (HIDDEN, HEADS * HEAD_SIZE),
+            (width + 2 * HEADS.kv * HEADS.size, HIDDEN),
+            (HIDDEN, width),
             (2 * INTERMEDIATE, HIDDEN),
             (HIDDEN, INTERMEDIATE),
         ]
-        return Layer(cache, memory, chosen, [torch.randn(shape).to(self.dtype) for shape in shapes])
+        return Layer(**vars(super().layer()), linear=[torch.randn(shape).to(self.dtype) for shape in shapes])
 
     def linear(self, layer: Layer) -> None:
         """The matrix products of a layer: query, key and value; output; gate and up; down."""
         for weight in layer.linear:
             torch.nn.functional.linear(self.hidden if weight.shape[1] == HIDDEN else self.activation, weight)
-
-    def write(self, layer: Layer) -> None:
-        self.ops.write(layer.cache, self.key, self.key, self.slots)
-
-    def select(self, layer: Layer) -> None:
-        self.ops.select(self.blocks, SETTINGS, self.rope, self.query, layer.memory.representatives)
-
-    def attend(self, layer: Layer) -> None:
-        self.ops.attend(
-            self.blocks,
-            SETTINGS,
-            self.rope,
-            self.query,
-            layer.cache,
-            layer.memory,
-            layer.chosen,
-            None,
-            self.output,
-            None,
-        )
-
-    def seal(self, layer: Layer) -> None:
-        self.ops.seal(self.sealing, SETTINGS, self.rope, layer.cache, layer.memory)
-
-
-def execution_block(start: int, end: int) -> ExecutionBlocks:
-    """One request's execution block [start, end); unit ids are in order, so are the ids of its paged blocks."""
-    stored, edge = GEOMETRY.stored_blocks(start), GEOMETRY.edge_start(start)
-    paged = -(-(end - edge) // BLOCK_SIZE)
-    table = torch.full((1, stored + paged), -1, dtype=torch.int32)
-    table[0, stored:] = torch.arange(paged)
-    leaving = [[block - stored, block, block, 1] for block in range(stored, GEOMETRY.stored_blocks(end))]
-    return ExecutionBlocks(
-        rows=torch.tensor([[0, start, end, edge, 0, stored, 0, 1, 0]]),
-        block_table=table,
-        units=torch.arange(GEOMETRY.stored_blocks(end)),
-        leaving=torch.tensor(leaving, dtype=torch.int64).view(-1, 4),
-        num_chosen=min(stored, GEOMETRY.init_blocks + SETTINGS.topk),
-        longest=end - start,
-        most_stored=stored,
-    )
-
-
-def sealing(start: int, tokens: int) -> ExecutionBlocks:
-    """The execution block at or shortly before `start` that seals blocks."""
-    while not len((blocks := execution_block(start, start + tokens)).leaving):
-        start -= 1
-    return blocks
-
-
-def _rope(length: int) -> RotaryTable:
-    """The default rotary table of SmolLM2."""
-    angles = torch.arange(length)[:, None] / 100000 ** (torch.arange(0, HEAD_SIZE, 2) / HEAD_SIZE)
-    return RotaryTable(torch.cat([angles.cos(), angles.sin()], dim=1), neox=True)

@@ -1,38 +1,23 @@
 """The plots of performance.md, as SVG."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("svg")
-from matplotlib import pyplot
-
 from benchmarks import results
-
-# The same figures give the same file.
-matplotlib.rcParams["svg.hashsalt"] = "vllm-infllm"
-COLORS = {"stock": "tab:gray", "infllm": "tab:blue"}
+from vllm_infllm.tools.plotting import COLORS, plot
 
 
 def draw(parts: Mapping[str, Any], folder: Path) -> list[Path]:
     """Draw what was measured into `folder`; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    for name, draw_part in (("prefill", _prefill), ("decode", _decode)):
-        if name not in parts:
-            continue
-        figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
-        draw_part(parts[name], axes)
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-        axes.legend()
-        files.append(folder / f"{name}.svg")
-        figure.savefig(files[-1], metadata={"Date": None})
-        pyplot.close(figure)
-    return files
+    return [
+        plot(folder / f"{name}.svg", partial(draw_part, parts[name]))
+        for name, draw_part in (("prefill", _prefill), ("decode", _decode))
+        if name in parts
+    ]
 
 
 def _prefill(samples: Mapping[str, Any], axes: Any) -> None:

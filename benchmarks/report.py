@@ -11,8 +11,9 @@ from benchmarks import results
 from benchmarks.authors import RECORDED_DECODE, RECORDED_PREFILL
 from benchmarks.plan import Plan
 from benchmarks.plots import draw
-from benchmarks.tables import Table, fill_in
+from benchmarks.tables import fill_in
 from benchmarks.targets import targets
+from vllm_infllm.tools.tables import Table
 
 SIDES = ("stock", "infllm")
 NAME = "performance"

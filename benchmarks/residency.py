@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from benchmarks.engine import ENV
-from benchmarks.tables import Table, fill_in
+from benchmarks.tables import fill_in
 from vllm_infllm.memory.residency import Residency, Strategy
 from vllm_infllm.ops import reference
 from vllm_infllm.ops.interface import ExecutionBlocks, LayerSettings
 from vllm_infllm.tools.model import demo_dtype, demo_model
+from vllm_infllm.tools.tables import Table
 
 PAGE = Path("docs/performance.md")
 STRATEGIES = ("lru", "fifo", "lru-s")

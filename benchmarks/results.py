@@ -5,7 +5,8 @@ from statistics import median
 from typing import Any
 
 from benchmarks.authors import RECORDED_DECODE, RECORDED_PREFILL
-from benchmarks.samples import Ratio, Step, complete, prompt_seconds, ratio_of_medians, ratio_of_prompts
+from benchmarks.samples import Step, complete, prompt_seconds, ratio_of_prompts
+from vllm_infllm.tools.samples import Ratio, ratio_of_medians
 
 Samples = Mapping[str, Any]
 

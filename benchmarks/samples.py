@@ -1,10 +1,11 @@
-"""What is computed from measured seconds: ratios with their spread, and the time of a prompt from measured steps."""
+"""What is computed from measured seconds: the time of a prompt from measured steps."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise, product
-from statistics import linear_regression, median
+from statistics import linear_regression
 from typing import NamedTuple
+
+from vllm_infllm.tools.samples import Ratio
 
 
 class Step(NamedTuple):
@@ -27,29 +28,6 @@ class Step(NamedTuple):
     def density(self) -> float:
         """Seconds a token."""
         return self.seconds / self.tokens
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A ratio, and the lowest and the highest that its samples give."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return format(self, ".2f")
-
-    def __format__(self, spec: str) -> str:
-        """Each figure by `spec`."""
-        spec = spec or ".2f"
-        return f"{self.value:{spec}} ({self.low:{spec}} to {self.high:{spec}})"
-
-
-def ratio_of_medians(numerators: Sequence[float], denominators: Sequence[float]) -> Ratio:
-    """Ratio of the medians; the spread is that of the pairs, i-th of one and i-th of the other, measured in turn."""
-    pairs = [a / b for a, b in zip(numerators, denominators, strict=True)]
-    return Ratio(median(numerators) / median(denominators), min(pairs), max(pairs))
 
 
 def prompt_seconds(steps: Iterable[Step], length: int) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks import results
 from benchmarks.plan import Plan
-from benchmarks.samples import Ratio
+from vllm_infllm.tools.samples import Ratio
 
 SHORT = 0.97
 PREFILL = {32768: 2.5, 65536: 4.5}

@@ -13,20 +13,20 @@ from benchmarks import report, results
 from benchmarks.engine_worker import Engine
 from benchmarks.plan import ANSWER_ROOM, FULL
 from benchmarks.samples import (
-    Ratio,
     Step,
     complete,
     predictor,
     prompt_seconds,
-    ratio_of_medians,
     ratio_of_prompts,
 )
 from benchmarks.synthetic import PERIOD
-from benchmarks.tables import Table, fill_in
+from benchmarks.tables import fill_in
 from benchmarks.targets import Target, targets
 from tests import tiny_models
 from tests.engines import engine, infllm_engine
 from vllm_infllm.tools import CommandError
+from vllm_infllm.tools.samples import Ratio, ratio_of_medians
+from vllm_infllm.tools.tables import Table
 from vllm_infllm.tools.worker_process import WorkerProcess
 
 CHUNK = 2048

@@ -307,6 +307,73 @@ vllm.model_executor.layers.rotary_embedding.yarn_scaling_rope:YaRNScalingRotaryE
     calls _compute_inv_freq(self, scaling_factor)
     has scaling_factor mscale
 
+# a model without an engine: tools/blueprint.py
+
+vllm.config:set_current_vllm_config -- models are built under it
+    calls set_current_vllm_config(vllm_config)
+vllm.distributed.parallel_state:init_distributed_environment -- models are built inside a group of processes
+    calls init_distributed_environment(world_size, rank, distributed_init_method, local_rank, backend)
+vllm.distributed.parallel_state:ensure_model_parallel_initialized -- the same
+    calls ensure_model_parallel_initialized(tensor_model_parallel_size, pipeline_model_parallel_size)
+vllm.distributed.parallel_state:cleanup_dist_env_and_memory -- and the end of it
+    calls cleanup_dist_env_and_memory()
+vllm.model_executor.model_loader.utils:initialize_model -- without weights
+    calls initialize_model(vllm_config)
+vllm.utils.torch_utils:set_default_torch_dtype -- of its parameters
+    calls set_default_torch_dtype(dtype)
+vllm.v1.worker.gpu.attn_utils:get_kv_cache_spec -- of its layers, as a worker has them
+    calls get_kv_cache_spec(vllm_config)
+vllm.platforms.interface:Platform -- as an executor does once the model is built
+    calls classmethod update_block_size_for_backend(cls, vllm_config)
+vllm.model_executor.layers.rotary_embedding.base:RotaryEmbeddingBase -- tables are computed, not loaded
+    calls _compute_cos_sin_cache(self)
+vllm.config:ModelConfig -- tools/doctor.py, tools/tune.py
+    has dtype
+    calls get_hidden_size(self)
+
+# vllm-infllm bench: tools/server.py, tools/bench_run.py, tools/bench_report.py
+
+vllm.entrypoints.cli.main:main -- vLLM's command, run by its module
+    calls main()
+vllm.benchmarks.serve:add_cli_args -- vllm bench serve
+    says '--base-url'
+    says '--max-concurrency'
+    says '--input-len'
+    says '--output-len'
+    says '--ignore-eos'
+    says '--temperature'
+    says '--ready-check-timeout-sec'
+    says '--disable-tqdm'
+    says '--save-result'
+    says '--save-detailed'
+    says '--result-dir'
+    says '--result-filename'
+vllm.benchmarks.serve:benchmark -- its JSON
+    says 'completed'
+    says 'total_token_throughput'
+    says 'total_input_tokens'
+    says 'total_output_tokens'
+    says 'errors'
+vllm.benchmarks.throughput:add_cli_args -- vllm bench throughput
+    says '--input-len'
+    says '--output-len'
+    says '--num-prompts'
+    says '--num-warmups'
+    says '--output-json'
+vllm.benchmarks.throughput:main -- its JSON
+    says 'tokens_per_second'
+vllm.benchmarks.latency:add_cli_args -- vllm bench latency
+    says '--input-len'
+    says '--output-len'
+    says '--batch-size'
+    says '--num-iters-warmup'
+    says '--num-iters'
+    says '--output-json'
+vllm.benchmarks.latency:main -- its JSON
+    says 'latencies'
+vllm.v1.metrics.loggers:PrometheusStatLogger -- how many blocks there are
+    says 'vllm:cache_config_info'
+
 # the demo: tools/demo_worker.py
 
 vllm:LLM -- the engine

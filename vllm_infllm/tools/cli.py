@@ -1,14 +1,16 @@
 """The tools around the plugin. Serving itself is vLLM's: `vllm serve MODEL --attention-backend infllm`."""
 
 import argparse
+import contextlib
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from vllm_infllm import __version__
-from vllm_infllm.tools import CommandError, demo, doctor, model
+from vllm_infllm.tools import CommandError, bench, demo, doctor, model, tune
 
 # Each command is a module: its docstring is the help, `add_arguments(parser)` its options, `run(args)` its exit status.
-COMMANDS = {"model": model, "demo": demo, "doctor": doctor}
+COMMANDS = {"model": model, "demo": demo, "doctor": doctor, "bench": bench, "tune": tune}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -25,15 +27,28 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Exit status: the command's own, 1 on a `CommandError`, 2 on wrong usage, 130 on Ctrl-C."""
+    """Run one command. Exit status: the command's own, 1 on a `CommandError`, 2 on wrong usage, 130 on Ctrl-C and where
+    it is told to end."""
     args = build_parser().parse_args(argv)
     try:
-        return args.run(args)
+        with ended_like_interrupted():
+            return args.run(args)
     except CommandError as error:
         print(f"vllm-infllm {args.command}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+@contextlib.contextmanager
+def ended_like_interrupted() -> Iterator[None]:
+    """A signal to end works like Ctrl-C, so that what a command has started ends, too."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Say what is installed here, and what InfLLM would run on it.
 
-The exit status is 0 when `--attention-backend infllm` can start.
+With a model, also the effective configuration and the memory plan of an engine that starts now, without starting one
+and without reading weights. The exit status is 0 when `--attention-backend infllm` can start.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import importlib.metadata
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +18,8 @@ from rich.text import Text
 
 from vllm_infllm import __version__, plugin
 from vllm_infllm.config import ConfigError, InfLLMConfig
+from vllm_infllm.memory.plan import GIB
+from vllm_infllm.tools.engine_options import add_engine_options, blueprint, engine_options, tokens
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,18 @@ class Finding:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """No options."""
+    """The engine to look at, if any."""
+    parser.add_argument("--model", help="folder or name of a model to plan for")
+    parser.add_argument("--max-model-len", type=tokens, metavar="TOKENS", help="longest request (default: as trained)")
+    add_engine_options(parser)
+    parser.set_defaults(usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print all findings."""
-    findings = list(_findings())
+    """Print all findings, and then the plan."""
+    if not args.model and (engine_options(args) or args.infllm or args.max_model_len):
+        args.usage_error("options of an engine need --model")
+    findings = list(findings_here())
     table = Table(show_header=False, box=None, pad_edge=False)
     for finding in findings:
         text = Text(finding.found)
@@ -41,10 +51,27 @@ def run(args: argparse.Namespace) -> int:
             text.append(f"{' ' if finding.found else ''}{finding.wrong}", style="red")
         table.add_row(finding.what, text)
     Console().print(table)
-    return 1 if any(finding.wrong for finding in findings) else 0
+    if any(finding.wrong for finding in findings):
+        return 1
+    if args.model:
+        _print_plan(args)
+    return 0
 
 
-def _findings() -> Iterator[Finding]:
+def _print_plan(args: argparse.Namespace) -> None:
+    """What a started engine would log, word for word."""
+    drawn = blueprint(args.model, args.infllm, max_model_len=args.max_model_len, **engine_options(args))
+    model = drawn.vllm_config.model_config
+    print(
+        f"\n{Path(args.model).name}: {drawn.weight_bytes / GIB:.2f} GiB of weights, {model.dtype}, at most "
+        f"{model.max_model_len} tokens a request"
+    )
+    for line in drawn.layers.startup_lines(drawn.plan):
+        print(line)
+
+
+def findings_here() -> Iterator[Finding]:
+    """What is installed on this machine, and what would run."""
     yield Finding("vllm-infllm", __version__)
     yield Finding("Python", f"{platform.python_version()}, {platform.system()} {platform.machine()}")
     unsupported = plugin.unsupported_vllm()

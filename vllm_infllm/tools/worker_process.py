@@ -48,7 +48,7 @@ class WorkerProcess:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _stop(self._process)
+        stop(self._process, STOP_SECONDS)
         self.end_input()
         if self._process.stdout:
             self._process.stdout.close()
@@ -131,12 +131,12 @@ def json_output() -> Iterator[Callable[[Any], None]]:
             raise
 
 
-def _stop(process: subprocess.Popen[str]) -> None:
-    """End the process and all others of its session: politely, then not."""
+def stop(process: subprocess.Popen[Any], seconds: float) -> None:
+    """End the process, the leader of a session, and all others of it: politely, and after so many seconds not."""
     for sign in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, sign)
-            process.wait(STOP_SECONDS)
+            process.wait(seconds)
         except ProcessLookupError:
             return
         except subprocess.TimeoutExpired:

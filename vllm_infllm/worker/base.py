@@ -4,7 +4,7 @@ plan is made when its layers are known."""
 import itertools
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def bind_rope(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
     impls = infllm_impls(vllm_config)
     modules = dict(model.named_modules())
     beside = {
-        name: [child for child in modules[name.rpartition(".")[0]].children() if _is_rope(child)]
+        name: [child for child in modules[name.rpartition(".")[0]].children() if is_rope(child)]
         for name in vllm_config.compilation_config.static_forward_context
         if name.rpartition(".")[0] in modules
     }
@@ -61,9 +61,62 @@ def bind_rope(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
         impl.rope = tables[module]
 
 
-def _is_rope(module: torch.nn.Module) -> bool:
+def is_rope(module: torch.nn.Module) -> bool:
     """Whether it is a rotary module of vLLM; not all of them share a base class."""
     return type(module).__module__.startswith(ROPES) and "RotaryEmbedding" in type(module).__name__
+
+
+@dataclass(frozen=True)
+class ModelLayers:
+    """The layers of a model whose attention layers are known, with or without its weights: what the memory plan and the
+    startup lines are made of."""
+
+    vllm_config: VllmConfig
+    config: InfLLMConfig
+    specs: dict[str, KVCacheSpec]
+    """Of all layers by name; those of the InfLLM layers are `InfLLMSpec`s without units."""
+    sizes: MemorySizes
+
+    @classmethod
+    def of(cls, specs: dict[str, KVCacheSpec], vllm_config: VllmConfig) -> "ModelLayers":
+        """From vLLM's own specs.
+
+        Raises:
+            ConfigError: if there is no layer that InfLLM could run, or one that it cannot.
+        """
+        impls = infllm_impls(vllm_config)
+        _check_layers(specs, impls, vllm_config)
+        config = InfLLMConfig(**vllm_config.additional_config[KEY])
+        specs = {name: InfLLMSpec.of(spec, config) if name in impls else spec for name, spec in specs.items()}
+        return cls(vllm_config, config, specs, _sizes(specs, impls, vllm_config))
+
+    def plan(
+        self, total_memory: int, free_memory: int, paged_bytes: int | None, shares_host_memory: bool
+    ) -> MemoryPlan:
+        """The memory plan; arguments and errors as of `make_plan`."""
+        return make_plan(
+            self.config,
+            self.sizes,
+            self.vllm_config.scheduler_config.max_num_seqs,
+            self.vllm_config.model_config.max_model_len,
+            total_memory,
+            free_memory,
+            paged_bytes,
+            shares_host_memory,
+        )
+
+    def startup_lines(self, plan: MemoryPlan) -> list[str]:
+        """Version, effective configuration and memory plan; the layers that run InfLLM."""
+        effective = self.config.model_dump(exclude_none=True)
+        settings = " ".join(f"{key}={value}" for key, value in effective.items())
+        ours = [name for name, spec in self.specs.items() if isinstance(spec, InfLLMSpec)]
+        others = [name for name in self.specs if name not in ours]
+        operations = next(iter(infllm_impls(self.vllm_config).values())).ops.describe()
+        beside = f"; the platform's own backend runs {_abbreviate(others)}" if others else ""
+        return [
+            f"vllm-infllm {__version__}: {settings}; operations: {operations}; {plan}",
+            f"InfLLM runs {len(ours)} of {len(self.specs)} attention layers: {_abbreviate(ours)}{beside}",
+        ]
 
 
 class InfLLMWorker:
@@ -82,25 +135,14 @@ class InfLLMWorker:
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """vLLM's specs, with those of the InfLLM layers replaced, and the memory plan in them."""
         specs: dict[str, KVCacheSpec] = super().get_kv_cache_spec()  # type: ignore[misc]
-        impls = infllm_impls(self.vllm_config)
-        _check_layers(specs, impls, self.vllm_config)
-        config = InfLLMConfig(**self.vllm_config.additional_config[KEY])
-        for name in impls:
-            specs[name] = InfLLMSpec.of(specs[name], config)
-        self.sizes = _sizes(specs, impls, self.vllm_config)
-        self.plan = make_plan(
-            config,
-            self.sizes,
-            self.vllm_config.scheduler_config.max_num_seqs,
-            self.vllm_config.model_config.max_model_len,
-            *self._host_memory(),
-            self._user_paged_bytes(),
-            self._shares_host_memory,
-        )
-        self._log_startup(config, specs)
+        layers = ModelLayers.of(specs, self.vllm_config)
+        self.sizes = layers.sizes
+        self.plan = layers.plan(*self._host_memory(), self._user_paged_bytes(), self._shares_host_memory)
+        for line in layers.startup_lines(self.plan):
+            logger.info("%s", line)
         return {
             name: replace(spec, num_units=self.plan.num_units) if isinstance(spec, InfLLMSpec) else spec
-            for name, spec in specs.items()
+            for name, spec in layers.specs.items()
         }
 
     @abstractmethod
@@ -109,21 +151,6 @@ class InfLLMWorker:
 
     def _user_paged_bytes(self) -> int | None:
         return self.vllm_config.cache_config.kv_cache_memory_bytes
-
-    def _log_startup(self, config: InfLLMConfig, specs: dict[str, KVCacheSpec]) -> None:
-        effective = config.model_dump(exclude_none=True)
-        settings = " ".join(f"{key}={value}" for key, value in effective.items())
-        ours = [name for name, spec in specs.items() if isinstance(spec, InfLLMSpec)]
-        others = [name for name in specs if name not in ours]
-        operations = next(iter(infllm_impls(self.vllm_config).values())).ops.describe()
-        logger.info("vllm-infllm %s: %s; operations: %s; %s", __version__, settings, operations, self.plan)
-        logger.info(
-            "InfLLM runs %d of %d attention layers: %s%s",
-            len(ours),
-            len(specs),
-            _abbreviate(ours),
-            f"; the platform's own backend runs {_abbreviate(others)}" if others else "",
-        )
 
 
 def _check_layers(specs: dict[str, KVCacheSpec], impls: dict[str, InfLLMImpl], vllm_config: VllmConfig) -> None:

@@ -10,6 +10,13 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm_infllm.worker.base import InfLLMWorker
 
 
+def host_memory() -> tuple[int, int]:
+    """Bytes of host memory that a worker may use: all, and what is free."""
+    # vLLM binds the worker to the memory node of its first core; limits of a container are taken into account.
+    node = get_memory_node_info(get_allowed_cpu_list()[0].numa_node)
+    return node.total_memory, node.available_memory
+
+
 class InfLLMCPUWorker(InfLLMWorker, CPUWorker):
     """Paged cache and host pool share the machine's memory, so the plan sizes both."""
 
@@ -24,9 +31,7 @@ class InfLLMCPUWorker(InfLLMWorker, CPUWorker):
         super().__init__(vllm_config, *args, **kwargs)
 
     def _host_memory(self) -> tuple[int, int]:
-        # vLLM binds the worker to the memory node of its first core; limits of a container are taken into account.
-        node = get_memory_node_info(get_allowed_cpu_list()[0].numa_node)
-        return node.total_memory, node.available_memory
+        return host_memory()
 
     def _user_paged_bytes(self) -> int | None:
         return self._given_paged_bytes

@@ -7,16 +7,21 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_infllm.worker.base import InfLLMWorker
 
 
+def host_memory() -> tuple[int, int]:
+    """Bytes of host memory that a worker may use: all, and what is free."""
+    memory = psutil.virtual_memory()
+    limit = get_cgroup_memory_limit() or memory.total
+    free = limit - (get_cgroup_memory_usage() or 0)
+    return min(memory.total, limit), max(0, min(memory.available, free))
+
+
 class InfLLMGPUWorker(InfLLMWorker, Worker):
     """vLLM's profiling sizes the paged cache; what InfLLM keeps beside it on the device comes out of the same sum."""
 
     _shares_host_memory = False
 
     def _host_memory(self) -> tuple[int, int]:
-        memory = psutil.virtual_memory()
-        limit = get_cgroup_memory_limit() or memory.total
-        free = limit - (get_cgroup_memory_usage() or 0)
-        return min(memory.total, limit), max(0, min(memory.available, free))
+        return host_memory()
 
     def determine_available_memory(self) -> int:
         left = super().determine_available_memory() - self.plan.num_units * self.sizes.representative
