@@ -46,14 +46,9 @@ HALF = {64: Shape(128, 64, 32, 8, 3), 128: Shape(128, 64, 32, 8, 3), 256: Shape(
 FLOAT = {64: Shape(32, 32, 16, 4, 2), 128: Shape(32, 32, 16, 4, 2), 256: Shape(16, 16, 16, 4, 1)}
 
 
-def shape_of(call: Call) -> Shape:
-    shapes = FLOAT if call.query.dtype == torch.float32 else HALF
-    return shapes[max(64, call.padded)]
-
-
 def attend(call: Call, lse: torch.Tensor) -> None:
     """Write the output of rows with several tokens, and their log-sum-exp, base 2, to lse [tokens, H] float32."""
-    shape, blocks = shape_of(call), call.blocks
+    shape, blocks = call.shape(HALF, FLOAT), call.blocks
     group = call.heads // call.kv_heads
     attend_prefill_kernel[(triton.cdiv(blocks.longest * group, shape.lines), call.kv_heads, call.rows)](
         call.output,
