@@ -66,6 +66,7 @@ class ExecutionBlocks:
     num_chosen: at least the most stored blocks that a row attends to.
     longest: most tokens of a row.
     most_stored: at least the most stored blocks of a row.
+    host_rows: rows as the host knows them, where some have several tokens.
     """
 
     rows: torch.Tensor
@@ -75,17 +76,22 @@ class ExecutionBlocks:
     num_chosen: int
     longest: int
     most_stored: int
+    host_rows: list[list[int]] | None = None
 
 
 @dataclass(frozen=True)
 class LayerSettings:
-    """What does not change in a layer: n_local in tokens, init_blocks in blocks, topk in units, repr_topk in tokens."""
+    """What does not change in a layer: n_local in tokens, init_blocks in blocks, topk in units, repr_topk in tokens.
+
+    local_attention: who else computes a part of the window in rows with several tokens ("xformers"); None: nobody.
+    """
 
     n_local: int
     init_blocks: int
     topk: int
     repr_topk: int
     scale: float
+    local_attention: str | None = None
 
 
 STEP, MAX_HEAD_SIZE = 16, 256

@@ -18,6 +18,7 @@ COLUMNS = tl.constexpr(len(Row))
 OFFSET, START, END = (tl.constexpr(int(column)) for column in (Row.OFFSET, Row.START, Row.END))
 EDGE, TABLE, ACCUMULATE = (tl.constexpr(int(column)) for column in (Row.EDGE, Row.TABLE, Row.ACCUMULATE))
 Shape = TypeVar("Shape")
+LOG2E = tl.constexpr(math.log2(math.e))
 LOWEST = tl.constexpr(-1e30)
 """Below any score, and finite: the difference of two of them is a number."""
 
@@ -69,7 +70,7 @@ class Call:
 
     @property
     def scale(self) -> float:
-        return self.settings.scale * math.log2(math.e)
+        return self.settings.scale * LOG2E.value
 
     @property
     def most_chosen(self) -> int:
