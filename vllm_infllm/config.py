@@ -45,6 +45,9 @@ class InfLLMConfig(BaseModel):
     ops: Literal["cpu", "triton", "reference"] | None = None
     """Implementation of the operations: "cpu" (C++, the CPU platform's own), "triton" (Triton and CUDA, a GPU's own) or
     "reference" (plain torch, slow)."""
+    local_attention: Literal["xformers"] | None = None
+    """Who computes the middle of the window of a prompt's execution blocks: "xformers", optional, on a GPU; by default
+    the operations themselves."""
     block_size: _Positive = DEFAULT_BLOCK_SIZE
     """Unit size: vLLM's --block-size. Not a key of its own."""
 

@@ -97,7 +97,8 @@ def shared_of(blocks: ExecutionBlocks, cache: torch.Tensor, n_local: int) -> Sha
     assert blocks.host_rows is not None, "rows with several tokens are known on the host"
     kv_heads, block_size = cache.shape[1:3]
     bounds = [[0, 0, 0] for _ in blocks.host_rows]
-    tokens, tables = [], []
+    tokens: list[tuple[int, int]] = []
+    tables: list[torch.Tensor] = []
     for row, bound in zip(blocks.host_rows, bounds, strict=True):
         start, end, table = row[Row.START], row[Row.END], row[Row.TABLE]
         first = -(-max(row[Row.EDGE], end - n_local) // block_size)
