@@ -59,6 +59,16 @@ def plan(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.plan
 
 
+def operations(llm: Any) -> set[str]:
+    """What the layers that run InfLLM say of the operations that they run; asserts that there are such layers."""
+    from vllm_infllm.attention.backend import InfLLMImpl
+
+    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+    impls = [layer.impl for layer in layers if isinstance(getattr(layer, "impl", None), InfLLMImpl)]
+    assert impls
+    return {impl.ops.describe() for impl in impls}
+
+
 def prompt_logprobs(llm: Any, prompts: list[list[int]]) -> list[torch.Tensor]:
     """Log-probability of each prompt token but the first, of prompts run in one batch: [N - 1] each."""
     from vllm import SamplingParams

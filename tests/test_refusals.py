@@ -76,6 +76,12 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         ["--block-size 24", "multiple of 16", 'ops="reference"'],
     ),
     "operations of a GPU": ({"ops": "triton"}, {}, ["ops='triton'", "needs a GPU", "remove it"]),
+    "xformers without a GPU": (
+        {"local_attention": "xformers"},
+        {},
+        ["local_attention='xformers'", "needs ops='triton'", "'cpu'", "remove it"],
+    ),
+    "xformers, mistyped": ({"local_attention": "xformer"}, {}, ["local_attention='xformer'", "'xformers'"]),
     "automatic length": ({}, {"max_model_len": -1}, ["--max-model-len auto", "give a number"]),
 }
 

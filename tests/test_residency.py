@@ -8,50 +8,13 @@ import torch
 
 from tests import tiny_models
 from tests.engines import greedy, infllm_engine, manager, plan, prompt_logprobs
+from tests.plain_residency import PlainModel
 from vllm_infllm.memory.residency import Residency, Strategy
 from vllm_infllm.ops import reference
 from vllm_infllm.ops.interface import ExecutionBlocks, LayerSettings
 
 STRATEGIES = ("lru", "fifo", "lru-s")
 SIZES = {"n_init": 64, "n_local": 128, "topk": 3, "repr_topk": 2, "exc_block_size": 64}
-
-
-class PlainModel:
-    """The policies, said plainly: a list of resident units in the order they came, and a history."""
-
-    def __init__(self, strategy: str, decay: float, capacity: int) -> None:
-        self.strategy, self.decay, self.capacity = strategy, decay, capacity
-        self.resident: list[int] = []
-        self.uses: list[list[int]] = []
-        self.masses: dict[int, list[float]] = {}
-
-    def resolve(self, wanted: list[int]) -> set[int]:
-        self.uses.append(wanted)
-        for unit in [u for u in wanted if u not in self.resident]:
-            if len(self.resident) == self.capacity:
-                self.resident.remove(self.victim(wanted))
-            self.resident.append(unit)
-            self.masses[unit] = []
-        return set(self.resident)
-
-    def victim(self, wanted: list[int]) -> int:
-        candidates = [unit for unit in self.resident if unit not in wanted]
-        if self.strategy == "lru":
-            return min(candidates, key=lambda u: max(t for t, used in enumerate(self.uses) if u in used))
-        if self.strategy == "lru-s":
-            return min(candidates, key=self.decayed_mass)
-        return candidates[0]
-
-    def decayed_mass(self, unit: int) -> float:
-        total = 0.0
-        for mass in self.masses[unit]:
-            total = total * self.decay + mass
-        return total
-
-    def attended(self, mass: dict[int, float]) -> None:
-        for unit in self.resident:
-            self.masses[unit].append(mass.get(unit, 0.0))
-
 
 INIT, SLOTS, TOPK = 1, 6, 4
 SETTINGS = LayerSettings(n_local=16, init_blocks=INIT, topk=TOPK, repr_topk=1, scale=1.0)
@@ -70,25 +33,24 @@ def test_policies_equal_a_plain_model(strategy: str) -> None:
     """3,000 random steps: the same units are resident, only misses are copied, wanted units never leave."""
     draw = random.Random(strategy)
     caches = Residency.allocate(Strategy.of(strategy), 0.5, 3, 2, SLOTS, torch.device("cpu"))
-    request, residency, model = 1, caches.layer(1), PlainModel(strategy, 0.5, SLOTS)
+    request, residency, model = 1, caches.layer(1), PlainModel(Strategy.of(strategy), 0.5)
     blocks = decode_step(request, stored=INIT + SLOTS + 20)
-    before: set[int] = set()
-    hits = copies = 0
+    counts = [0, 0, 0]
     for _ in range(3000):
         wanted = sorted(draw.sample(range(20), draw.randint(0, TOPK)))
         chosen = torch.tensor([[77, *wanted, *[-1] * (TOPK - len(wanted))]])
         slots, missing = reference.resolve(blocks, SETTINGS, residency, chosen)
         caches.check_integrity()
-        resident = {unit: slot for slot, unit in enumerate(residency.unit[request].tolist()) if unit >= 0}
-        assert set(resident) == model.resolve(wanted) >= set(wanted)
-        assert slots.tolist() == [[100, *(101 + resident[u] for u in wanted), *[-1] * (TOPK - len(wanted))]]
-        assert missing.tolist() == [[-1, *(-1 if u in before else u for u in wanted), *[-1] * (TOPK - len(wanted))]]
+        new, left = model.resolve({unit: place for place, unit in enumerate(wanted, INIT)}, SLOTS)
+        assert residency.unit[request].tolist() == model.slots
+        assert slots.tolist() == [[100, *(101 + model.slots.index(u) for u in wanted), *[-1] * (TOPK - len(wanted))]]
+        assert missing.tolist() == [[-1, *(u if u in new else -1 for u in wanted), *[-1] * (TOPK - len(wanted))]]
         mass = torch.tensor([[draw.random() for _ in range(INIT + TOPK)]])
         reference.attended(blocks, SETTINGS, residency, chosen, mass)
-        model.attended(dict(zip(wanted, mass[0, INIT:].tolist(), strict=False)))
-        hits, copies = hits + len(before.intersection(wanted)), copies + len(set(wanted) - before)
-        before = set(resident)
-    assert residency.counts[request].tolist() == [hits, copies, copies - SLOTS]
+        model.attended(dict(zip(wanted, mass[0, INIT:].numpy(), strict=False)))
+        events = len(wanted) - len(new), len(new), len(left)
+        counts = [total + number for total, number in zip(counts, events, strict=True)]
+    assert residency.counts[request].tolist() == counts
     assert (caches.unit[:, 0] == -1).all() and (caches.unit[[0, 2]] == -1).all(), "another request or layer was touched"
 
 

@@ -50,6 +50,9 @@ class InfLLMConfig(BaseModel):
     ops: Literal["cpu", "triton", "reference"] | None = None
     """Implementation of the operations: `cpu` (C++), `triton` (Triton and CUDA) or `reference` (plain torch: readable
     and slow). If not given, `cpu` on a CPU and `triton` on a GPU."""
+    local_attention: Literal["xformers"] | None = None
+    """Who computes the middle of the window of a prompt's execution blocks: `xformers`, optional, on a GPU; if not
+    given, the operations themselves."""
     block_size: _Positive = DEFAULT_BLOCK_SIZE
     """Unit size: vLLM's --block-size. Not a key of its own."""
 

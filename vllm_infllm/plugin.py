@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_infllm import __version__, ops
 from vllm_infllm.config import DEFAULT_BLOCK_SIZE, KEY, ConfigError, InfLLMConfig, explain_shrinking, resolve
+from vllm_infllm.ops import local_attention
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -335,6 +336,18 @@ def _check_config(config: "VllmConfig") -> None:
     unsupported = ops.load(effective["ops"]).check(model.get_head_size(), effective["block_size"])
     if unsupported:
         raise ConfigError(unsupported)
+    if effective["local_attention"] and (
+        unsupported := local_attention.refusal(effective["ops"], dtype, _capability())
+    ):
+        raise ConfigError(unsupported)
+
+
+def _capability() -> tuple[int, int] | None:
+    """Compute capability of the GPU; None without one."""
+    from vllm.platforms import current_platform
+
+    found = None if current_platform.is_cpu() else current_platform.get_device_capability()
+    return (found.major, found.minor) if found else None
 
 
 def _warn_of_waiting_prompts(config: "VllmConfig") -> None:

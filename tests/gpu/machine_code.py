@@ -174,8 +174,9 @@ def launches_of(op: Callable[[], object]) -> list[Launch]:
 def launches_of_layer(head_size: int, longest: int) -> list[Launch]:
     """Every launch for a batch whose longest row has this many tokens, in a layer of the usual sizes."""
     # Not before main has loaded the CUDA operations, which their package imports.
-    from vllm_infllm.ops.triton import attend, seal, write
+    from vllm_infllm.ops.triton import attend, attend_prefill, seal, write
     from vllm_infllm.ops.triton.score import score
+    from vllm_infllm.ops.triton.tiles import Call
 
     requests, kv_heads, heads, block_size, settings = 4, 8, 32, 128, LayerSettings(4096, 1, 16, 4, head_size**-0.5)
     dtype, num_chosen, units = torch.bfloat16, settings.init_blocks + settings.topk, 100
@@ -206,6 +207,14 @@ def launches_of_layer(head_size: int, longest: int) -> list[Launch]:
         lambda: attend(*plan, query, cache, memory, chosen, chosen, output, mass),
         lambda: seal(*plan, cache, memory),
     ]
+    if longest > 1:
+        # As behind xformers' part of the window: heads and queries in another order.
+        group = heads // kv_heads
+        found = torch.empty(kv_heads * tokens, group, head_size, dtype=dtype), torch.empty(group, kv_heads * tokens)
+        begun = attend_prefill.Found(*found, torch.zeros(requests, 3, dtype=torch.int64))
+        halves_of = memory.keys, memory.values
+        call = Call(*plan, query, query.contiguous(), cache, *halves_of, chosen, memory.received, output)
+        ops.append(lambda: attend_prefill.attend(call, torch.empty(tokens, heads), begun))
     return [launch for op in ops for launch in launches_of(op)]
 
 

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 
 from tests import tiny_models
-from tests.engines import greedy, infllm_engine, manager
+from tests.engines import greedy, infllm_engine, manager, operations
 from tests.gpu import build_cuda
+from vllm_infllm.ops import load
 
 build_cuda.load_for_cpu()
 
@@ -23,6 +24,7 @@ def answers(model: str, ops: str, **infllm: Any) -> list[list[int]]:
     prompts = [tiny_models.tokens(length, seed=length) for length in (140, 30)]
     config = {**SIZES, "ops": ops, **infllm}
     with infllm_engine(model, config, block_size=16, max_model_len=256, max_num_batched_tokens=64) as llm:
+        assert operations(llm) == {load(ops).describe()}  # type: ignore[arg-type]
         found = greedy(llm, prompts, max_tokens=8)
         assert manager(llm).pool.num_free == manager(llm).pool.num_units
     return found

@@ -52,7 +52,7 @@ def among_empty_rows(blocks: ExecutionBlocks) -> ExecutionBlocks:
     """The rows, each behind a row of padding, which is like it but has no token."""
     rows = blocks.rows.repeat_interleave(2, 0)
     rows[::2, Row.END] = rows[::2, Row.START]
-    return replace(blocks, rows=rows)
+    return replace(blocks, rows=rows, host_rows=rows.tolist())
 
 
 # --- write -----------------------------------------------------------------------------------------------------------

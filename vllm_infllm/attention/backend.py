@@ -98,6 +98,7 @@ class InfLLMImpl(AttentionImpl[InfLLMMetadata]):
             topk=self.config.topk,
             repr_topk=self.config.repr_topk,
             scale=float(scale),
+            local_attention=self.config.local_attention,
         )
         assert self.config.ops  # the effective configuration names them
         self.ops = ops.load(self.config.ops)

@@ -111,6 +111,7 @@ def _round(
         num_chosen=num_chosen,
         longest=longest,
         most_stored=most_stored,
+        host_rows=rows if longest > 1 else None,
     )
     initial = None
     if any(unit != NO_UNIT and not is_unit for _, _, unit, is_unit in leaving):

@@ -13,7 +13,7 @@ from vllm_infllm import __version__
 from vllm_infllm.attention.rope import RotaryTable
 from vllm_infllm.config import KEY, ConfigError
 from vllm_infllm.memory.store import LayerMemory
-from vllm_infllm.ops.interface import ExecutionBlocks, LayerSettings
+from vllm_infllm.ops.interface import ExecutionBlocks, LayerSettings, check_sizes
 
 # A residency cache on a CPU saves nothing, since the store can be read in place: it is there to be tested.
 from vllm_infllm.ops.reference import attended as attended
@@ -21,7 +21,6 @@ from vllm_infllm.ops.reference import gather as gather
 from vllm_infllm.ops.reference import resolve as resolve
 
 PANEL = 16
-MAX_HEAD_SIZE = 256
 ISA_VARIABLE = "VLLM_INFLLM_CPU_ISA"
 _REMEDY = (
     "Install it again where vLLM is installed (pip install --no-build-isolation --force-reinstall --no-deps "
@@ -62,17 +61,7 @@ def use_isa(name: str) -> None:
 
 
 def check(head_size: int, block_size: int) -> str | None:
-    if block_size % PANEL:
-        return (
-            f"--block-size {block_size}: the C++ operations need a multiple of {PANEL}. Use one, or set "
-            f'--additional-config "{KEY}": ops="reference".'
-        )
-    if head_size % PANEL or not 2 * PANEL <= head_size <= MAX_HEAD_SIZE:
-        return (
-            f"The model's head size {head_size}: the C++ operations run {2 * PANEL} to {MAX_HEAD_SIZE} in steps of "
-            f'{PANEL}. Set --additional-config "{KEY}": ops="reference".'
-        )
-    return None
+    return check_sizes("C++", head_size, block_size)
 
 
 def describe() -> str:

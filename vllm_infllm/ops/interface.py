@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 
 from vllm_infllm.attention.rope import RotaryTable
+from vllm_infllm.config import KEY
 from vllm_infllm.memory.residency import Residency
 from vllm_infllm.memory.store import LayerMemory
 
@@ -65,6 +66,7 @@ class ExecutionBlocks:
     num_chosen: at least the most stored blocks that a row attends to.
     longest: most tokens of a row.
     most_stored: at least the most stored blocks of a row.
+    host_rows: rows as the host knows them, where some have several tokens.
     """
 
     rows: torch.Tensor
@@ -74,17 +76,41 @@ class ExecutionBlocks:
     num_chosen: int
     longest: int
     most_stored: int
+    host_rows: list[list[int]] | None = None
 
 
 @dataclass(frozen=True)
 class LayerSettings:
-    """What does not change in a layer: n_local in tokens, init_blocks in blocks, topk in units, repr_topk in tokens."""
+    """What does not change in a layer: n_local in tokens, init_blocks in blocks, topk in units, repr_topk in tokens.
+
+    local_attention: who else computes a part of the window in rows with several tokens ("xformers"); None: nobody.
+    """
 
     n_local: int
     init_blocks: int
     topk: int
     repr_topk: int
     scale: float
+    local_attention: str | None = None
+
+
+STEP, MAX_HEAD_SIZE = 16, 256
+"""Block and head sizes that compiled operations run: multiples of the first, head sizes from twice that on."""
+
+
+def check_sizes(operations: str, head_size: int, block_size: int) -> str | None:
+    """`Ops.check` of compiled operations. operations: their name for users."""
+    if block_size % STEP:
+        return (
+            f"--block-size {block_size}: the {operations} operations need a multiple of {STEP}. Use one, or set "
+            f'--additional-config "{KEY}": ops="reference".'
+        )
+    if head_size % STEP or not 2 * STEP <= head_size <= MAX_HEAD_SIZE:
+        return (
+            f"The model's head size {head_size}: the {operations} operations run {2 * STEP} to {MAX_HEAD_SIZE} in "
+            f'steps of {STEP}. Set --additional-config "{KEY}": ops="reference".'
+        )
+    return None
 
 
 class Ops(Protocol):

@@ -7,7 +7,7 @@ of a unit when it is sealed, its *summary*, and scores the summaries of all unit
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
@@ -16,27 +16,36 @@ from vllm_infllm.selection import rules
 RuleName = Literal["mean", "best", "average", "bounds", "zscore", "peak"]
 
 
+class UnitShape(NamedTuple):
+    """Sizes of a unit in one layer: query heads, kv heads, tokens, representative tokens."""
+
+    heads: int
+    kv_heads: int
+    block_size: int
+    repr_topk: int
+
+
 @dataclass(frozen=True)
 class Rule:
     """A selection rule other than the paper's.
 
-    num_vectors: (H, KH, repr_topk) to V, the vectors of a summary.
+    num_vectors: V, the vectors of a summary.
     summarize: (keys [B, KH, D] un-rotated, received [H, B], repr_topk) to the summary [V, D]; float32.
     score: (far queries [T, H, D] of an execution block, summaries [U, V, D], scale of the logits) to [U]; float32. The
         units with the highest scores are retrieved, on equal scores the lower one.
     """
 
-    num_vectors: Callable[[int, int, int], int]
+    num_vectors: Callable[[UnitShape], int]
     summarize: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
     score: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 
 RULES: dict[RuleName, Rule] = {
-    "best": Rule(rules.representatives_of_heads, rules.representatives, rules.best),
-    "average": Rule(rules.one_of_kv_heads, rules.average_key, rules.average),
-    "bounds": Rule(rules.two_of_kv_heads, rules.least_and_greatest, rules.bounds),
-    "zscore": Rule(rules.representatives_of_heads, rules.representatives, rules.zscore),
-    "peak": Rule(rules.representatives_of_heads, rules.representatives, rules.peak),
+    "best": Rule(lambda unit: unit.heads * unit.repr_topk, rules.representatives, rules.best),
+    "average": Rule(lambda unit: unit.kv_heads, rules.average_key, rules.average),
+    "bounds": Rule(lambda unit: 2 * unit.kv_heads, rules.least_and_greatest, rules.bounds),
+    "zscore": Rule(lambda unit: unit.heads * unit.repr_topk, rules.representatives, rules.zscore),
+    "peak": Rule(lambda unit: unit.heads * unit.repr_topk, rules.representatives, rules.peak),
 }
 assert {"mean", *RULES} == set(get_args(RuleName))
 

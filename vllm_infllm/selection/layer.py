@@ -9,7 +9,7 @@ from vllm_infllm.memory import pages
 from vllm_infllm.memory.store import LayerMemory
 from vllm_infllm.ops import reference
 from vllm_infllm.ops.interface import ExecutionBlocks, LayerSettings, Leaving, Ops
-from vllm_infllm.selection import Rule
+from vllm_infllm.selection import Rule, UnitShape
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class LayerSelection:
     def allocate(cls, rule: Rule, memory: LayerMemory, repr_topk: int) -> "LayerSelection":
         """Reserve address space for the summaries of all units of `memory`; nothing is touched before it is used."""
         num_units, heads, head_size = memory.representatives.shape
-        vectors = rule.num_vectors(heads, memory.keys.shape[1], repr_topk)
+        _, kv_heads, block_size, _ = memory.keys.shape
+        vectors = rule.num_vectors(UnitShape(heads, kv_heads, block_size, repr_topk))
         return cls(rule, pages.empty((num_units, vectors, head_size), memory.keys.dtype))
 
     def select(

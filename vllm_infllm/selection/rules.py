@@ -8,10 +8,6 @@ import torch
 # ---- summaries ----------------------------------------------------------------------------------------------------
 
 
-def representatives_of_heads(heads: int, kv_heads: int, repr_topk: int) -> int:
-    return heads * repr_topk
-
-
 def representatives(keys: torch.Tensor, received: torch.Tensor, repr_topk: int) -> torch.Tensor:
     """The keys of the tokens that received most attention, for each query head; the paper keeps their mean."""
     heads, (_, kv_heads, head_size) = len(received), keys.shape
@@ -20,17 +16,9 @@ def representatives(keys: torch.Tensor, received: torch.Tensor, repr_topk: int) 
     return of_heads.gather(1, tokens[..., None].expand(-1, -1, head_size)).flatten(0, 1)
 
 
-def one_of_kv_heads(heads: int, kv_heads: int, repr_topk: int) -> int:
-    return kv_heads
-
-
 def average_key(keys: torch.Tensor, received: torch.Tensor, repr_topk: int) -> torch.Tensor:
     """The mean of all keys, for each kv head."""
     return keys.mean(0)
-
-
-def two_of_kv_heads(heads: int, kv_heads: int, repr_topk: int) -> int:
-    return 2 * kv_heads
 
 
 def least_and_greatest(keys: torch.Tensor, received: torch.Tensor, repr_topk: int) -> torch.Tensor:

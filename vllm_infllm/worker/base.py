@@ -12,7 +12,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
-from vllm_infllm import __version__
+from vllm_infllm import __version__, selection
 from vllm_infllm.attention import rope
 from vllm_infllm.attention.backend import InfLLMImpl
 from vllm_infllm.config import KEY, ConfigError, InfLLMConfig
@@ -176,8 +176,15 @@ def _sizes(specs: dict[str, KVCacheSpec], impls: dict[str, InfLLMImpl], vllm_con
         paged_request=sum(spec.max_memory_usage_bytes(vllm_config) for spec in specs.values()),
         received_request=sum(blocks * impl.num_heads * spec.block_size * 4 for spec, impl in ours),
         unit=sum(spec.page_size_bytes for spec, _ in ours),
-        representative=sum(impl.num_heads * impl.head_size * spec.dtype.itemsize for spec, impl in ours),
+        representative=sum(_vectors(impl) * impl.head_size * spec.dtype.itemsize for spec, impl in ours),
     )
+
+
+def _vectors(impl: InfLLMImpl) -> int:
+    """Vectors [D] kept of a unit in a layer: its representatives, and its summary by another selection rule."""
+    rule, config = selection.load(impl.config.selection), impl.config
+    shape = selection.UnitShape(impl.num_heads, impl.num_kv_heads, config.block_size, config.repr_topk)
+    return impl.num_heads + (rule.num_vectors(shape) if rule else 0)
 
 
 def _abbreviate(names: list[str]) -> str:

@@ -6,10 +6,9 @@ Packing: token by token, as in the reference. Outputs are kept from call to call
 import torch
 
 from vllm_infllm.attention.rope import RotaryTable
-from vllm_infllm.config import KEY
 from vllm_infllm.ops import workspace
 from vllm_infllm.ops.cuda import attended, gather, resolve, topk
-from vllm_infllm.ops.interface import ExecutionBlocks, LayerSettings
+from vllm_infllm.ops.interface import ExecutionBlocks, LayerSettings, check_sizes
 from vllm_infllm.ops.triton.attend import attend
 from vllm_infllm.ops.triton.score import score
 from vllm_infllm.ops.triton.seal import seal
@@ -28,21 +27,9 @@ __all__ = [
     "write",
 ]
 
-STEP, MAX_HEAD_SIZE = 16, 256
-
 
 def check(head_size: int, block_size: int) -> str | None:
-    if block_size % STEP:
-        return (
-            f"--block-size {block_size}: the Triton operations need a multiple of {STEP}. Use one, or set "
-            f'--additional-config "{KEY}": ops="reference".'
-        )
-    if head_size % STEP or not 2 * STEP <= head_size <= MAX_HEAD_SIZE:
-        return (
-            f"The model's head size {head_size}: the Triton operations run {2 * STEP} to {MAX_HEAD_SIZE} in steps of "
-            f'{STEP}. Set --additional-config "{KEY}": ops="reference".'
-        )
-    return None
+    return check_sizes("Triton", head_size, block_size)
 
 
 def describe() -> str:

@@ -33,7 +33,12 @@ def attend(
     attend_decode.attend(call, weights)
     if blocks.longest > 1:
         lse = workspace.take("lse", query.shape[:2], torch.float32, query.device)
-        attend_prefill.attend(call, lse)
+        found = None
+        if settings.local_attention == "xformers":
+            from vllm_infllm.ops.triton import local_xformers  # optional, so not imported above
+
+            found = local_xformers.attend(call)
+        attend_prefill.attend(call, lse, found)
         received.accumulate(call, lse)
         if weights is not None:
             received.weigh(call, lse, weights)

@@ -48,11 +48,6 @@ HALF = {64: Shape(64, 32, 4, 3), 128: Shape(64, 32, 4, 3), 256: Shape(32, 16, 4,
 FLOAT = {64: Shape(32, 16, 4, 2), 128: Shape(32, 16, 4, 2), 256: Shape(16, 16, 4, 2)}
 
 
-def shape_of(call: Call) -> Shape:
-    shapes = FLOAT if call.query.dtype == torch.float32 else HALF
-    return shapes[max(64, call.padded)]
-
-
 def split_tokens(call: Call) -> int:
     """A few hundred programs for one row of the usual 50 blocks of 128, whatever the number of kv heads."""
     return min(256, max(128, triton.next_power_of_2(32 * call.kv_heads)))
@@ -78,7 +73,7 @@ class Parts:
         paged = call.settings.n_local + (2 + call.settings.init_blocks) * call.block_size
         stored = call.blocks.num_chosen * call.block_size
         splits = triton.cdiv(paged, split_tokens(call)) + triton.cdiv(stored, split_tokens(call))
-        tiles = stored // call.tile(shape_of(call).tokens) if weighs else 0
+        tiles = stored // call.tile(call.shape(HALF, FLOAT).tokens) if weighs else 0
 
         def take(name: str, *shape: int) -> torch.Tensor:
             shape = (call.rows, call.heads, *shape)
@@ -104,7 +99,7 @@ def attend(call: Call, weights: torch.Tensor | None) -> None:
 
 
 def _attend_splits(call: Call, parts: Parts, weighs: bool) -> None:
-    shape, blocks = shape_of(call), call.blocks
+    shape, blocks = call.shape(HALF, FLOAT), call.blocks
     attend_split_kernel[(parts.highest.shape[2], call.kv_heads, call.rows)](
         parts.highest,
         parts.total,
@@ -160,8 +155,8 @@ def _join(call: Call, parts: Parts, weights: torch.Tensor | None) -> None:
         head_size=call.head_size,
         padded=call.padded,
         most_chosen=call.most_chosen,
-        tiles=call.block_size // call.tile(shape_of(call).tokens),
-        padded_tiles=triton.next_power_of_2(call.block_size // call.tile(shape_of(call).tokens)),
+        tiles=call.block_size // call.tile(call.shape(HALF, FLOAT).tokens),
+        padded_tiles=triton.next_power_of_2(call.block_size // call.tile(call.shape(HALF, FLOAT).tokens)),
         split_tokens=split_tokens(call),
         scores_at_a_time=SCORES_AT_A_TIME,
         weighs=weights is not None,

@@ -40,14 +40,9 @@ HALF = {64: Shape(128, 64, 8, 3), 128: Shape(128, 64, 8, 3), 256: Shape(64, 32, 
 FLOAT = {64: Shape(32, 32, 4, 2), 128: Shape(32, 32, 4, 2), 256: Shape(16, 16, 4, 2)}
 
 
-def shape_of(call: Call) -> Shape:
-    shapes = FLOAT if call.query.dtype == torch.float32 else HALF
-    return shapes[max(64, call.padded)]
-
-
 def accumulate(call: Call, lse: torch.Tensor) -> None:
     """Add to `received` of the tokens in the window of rows with several tokens. lse: as attend_prefill wrote it."""
-    shape, blocks = shape_of(call), call.blocks
+    shape, blocks = call.shape(HALF, FLOAT), call.blocks
     tile = call.tile(shape.keys)
     tiles = triton.cdiv(call.settings.n_local + blocks.longest, tile) + 1
     received_kernel[(tiles, call.heads, call.rows)](
@@ -72,7 +67,7 @@ def accumulate(call: Call, lse: torch.Tensor) -> None:
 
 def weigh(call: Call, lse: torch.Tensor, weights: torch.Tensor) -> None:
     """Write the attention that chosen blocks received in rows with several tokens to weights [R, H, num_chosen]."""
-    shape, blocks = shape_of(call), call.blocks
+    shape, blocks = call.shape(HALF, FLOAT), call.blocks
     weigh_kernel[(blocks.num_chosen, call.heads, call.rows)](
         weights,
         lse,

@@ -5,7 +5,7 @@ Scores are kept times log2(e), so that the softmax is one of powers of 2.
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -17,6 +17,8 @@ from vllm_infllm.ops.interface import ExecutionBlocks, LayerSettings, Row
 COLUMNS = tl.constexpr(len(Row))
 OFFSET, START, END = (tl.constexpr(int(column)) for column in (Row.OFFSET, Row.START, Row.END))
 EDGE, TABLE, ACCUMULATE = (tl.constexpr(int(column)) for column in (Row.EDGE, Row.TABLE, Row.ACCUMULATE))
+Shape = TypeVar("Shape")
+LOG2E = tl.constexpr(math.log2(math.e))
 LOWEST = tl.constexpr(-1e30)
 """Below any score, and finite: the difference of two of them is a number."""
 
@@ -68,13 +70,17 @@ class Call:
 
     @property
     def scale(self) -> float:
-        return self.settings.scale * math.log2(math.e)
+        return self.settings.scale * LOG2E.value
 
     @property
     def most_chosen(self) -> int:
         """Places for the chosen blocks of any row, the same in every batch."""
         most = self.settings.init_blocks + self.settings.topk
         return triton.next_power_of_2(max(1, most, self.blocks.num_chosen))
+
+    def shape(self, half: dict[int, Shape], full: dict[int, Shape]) -> Shape:
+        """That of the tiles of a kernel, which gives them by head size of a tile: in 16 bits, and in float32."""
+        return (full if self.query.dtype == torch.float32 else half)[max(64, self.padded)]
 
     def tile(self, largest: int) -> int:
         """Tokens of a tile, which lies in one block."""
