@@ -30,8 +30,8 @@ def engine_arguments(
         "enforce_eager": True,
     }
     if backend == "full":
-        # vLLM refuses a length that the model was not trained on, and would take nearly all memory of a CPU machine. The
-        # override, unlike the environment variable that also allows the length, makes its rotary tables as long.
+        # vLLM refuses a length that the model was not trained on, and would take nearly all memory of a CPU machine.
+        # The override, unlike the environment variable that also allows the length, makes its rotary tables as long.
         return common | {
             "hf_overrides": {"max_position_embeddings": max_model_len},
             "kv_cache_memory_bytes": max_num_seqs * full_cache_bytes(model, dtype, max_model_len, BLOCK_SIZE),

@@ -1,7 +1,8 @@
 """Evaluate long contexts: needles, aggregation, tracing and perplexity, by length and depth.
 
-Backends run in vLLM one after another, each in a process of its own, or the questions go to a running server. A run that
-was ended goes on where it was when it is started again. Results, one JSON object a line, and pictures go to a folder.
+Backends run in vLLM one after another, each in a process of its own, or the prompts go to a running server. A run
+that was cut off goes on where it was when it is started again. Results, one JSON object a line, and pictures go to a
+folder.
 """
 
 import argparse
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--backends",
-        help="comma-separated: infllm, streaming (infllm that retrieves nothing), full (stock attention); default: infllm",
+        help="infllm (the default), streaming (infllm that retrieves nothing), full (stock attention), comma-separated",
     )
     parser.add_argument("--lengths", default="4k,8k,16k", help="tokens a prompt, k = 1024 (default: %(default)s)")
     parser.add_argument(
@@ -54,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--infllm",
         type=_json_object,
-        help=f"InfLLM's configuration as JSON (default: {json.dumps(DEMO_INFLLM)} for the demo model, else the plugin's)",
+        help=f"InfLLM's configuration as JSON (for the demo model: {json.dumps(DEMO_INFLLM)})",
     )
     parser.add_argument(
         "--engine", type=_json_object, default={}, help="further arguments of vllm.LLM as JSON, for all backends"
@@ -115,6 +116,7 @@ def _prepare(args: argparse.Namespace) -> Evaluation:
     if args.model and args.model.startswith((".", "/", "~")) and not Path(args.model).is_dir():
         raise UsageError(f"--model {args.model}: there is no such folder")
     model = args.model or str(demo_model())
+    model = str(Path(model).resolve()) if Path(model).is_dir() else model
     tokenizer = load_tokenizer(model)
     if not tokenizer.is_fast:
         raise UsageError(f"--model {model}: its tokenizer cannot tell where in a text a token lies (it is a slow one)")
@@ -122,7 +124,7 @@ def _prepare(args: argparse.Namespace) -> Evaluation:
     needed = max(lengths) + max(task.max_tokens for task in chosen.values())
     infllm = args.infllm
     if infllm is None:
-        infllm = DEMO_INFLLM if Path(model) == demo_model() else {}
+        infllm = DEMO_INFLLM if Path(model) == demo_model().resolve() else {}
     settings = {"model": model, "seed": args.seed, "haystack": args.haystack}
     answering: dict[str, Answering]
     if args.base_url:

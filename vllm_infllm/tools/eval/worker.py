@@ -40,8 +40,9 @@ def answers(llm: Any, concurrency: int, receive: Callable[[], Request | None]) -
             request = receive()
             ended = request is None
             if request is not None:
-                (key,) = llm.enqueue({"prompt_token_ids": request.prompt}, _parameters(request), use_tqdm=False)
-                running[key] = request, time.monotonic()
+                # Not by LLM.enqueue: it returns an id that outputs do not carry.
+                llm.llm_engine.add_request(request.id, {"prompt_token_ids": request.prompt}, _parameters(request))
+                running[request.id] = request, time.monotonic()
         if not running:
             return
         for output in llm.llm_engine.step():
@@ -52,9 +53,13 @@ def answers(llm: Any, concurrency: int, receive: Callable[[], Request | None]) -
 
 def _parameters(request: Request) -> Any:
     from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
-        temperature=0, max_tokens=request.max_tokens, prompt_logprobs=0 if request.prompt_logprobs else None
+        temperature=0,
+        max_tokens=request.max_tokens,
+        prompt_logprobs=0 if request.prompt_logprobs else None,
+        output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
 

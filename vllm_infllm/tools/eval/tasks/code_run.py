@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from random import Random
 from typing import Any
 
@@ -47,7 +48,7 @@ def _program(levels: int, count: int, draw: Random) -> Program:
     """`count` functions on so many levels, and a call of one of the first level."""
     names = draw.sample(range(1, max(NAMES, 2 * count) + 1), count)
     level = [names[i::levels] for i in range(levels)]
-    called = {name: draw.choice(below) for above, below in zip(level, level[1:], strict=False) for name in above}
+    called = {name: draw.choice(below) for above, below in pairwise(level) for name in above}
     added = {name: draw.choice(ADDENDS) for name in names}
     chain = [draw.choice(level[0])]
     while chain[-1] in called:

@@ -49,7 +49,7 @@ class CommonWords(AnswerTask):
 
 def _numbered(some: Sequence[str], common: int, repeats: int, draw: Random) -> str:
     """The first ten words `common` times, the others `repeats` times, in random order."""
-    listed = [*some[:COMMON] * common, *some[COMMON:] * repeats]
+    listed = [*some[:COMMON]] * common + [*some[COMMON:]] * repeats
     draw.shuffle(listed)
     return _number(listed)
 
