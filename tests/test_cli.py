@@ -43,7 +43,7 @@ def test_wrong_usage_ends_with_status_2(capsys: pytest.CaptureFixture[str]) -> N
 def test_demo_refuses_what_it_cannot_ask(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["demo", *arguments]) == 1
+    assert cli.main(["demo", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("vllm-infllm demo: error: ") and message in error
 

@@ -374,7 +374,7 @@ vllm.benchmarks.latency:main -- its JSON
 vllm.v1.metrics.loggers:PrometheusStatLogger -- how many blocks there are
     says 'vllm:cache_config_info'
 
-# the demo: tools/demo_worker.py
+# the demo and the evaluation: tools/demo_worker.py, tools/eval/worker.py
 
 vllm:LLM -- the engine
     calls LLM(model=, max_model_len=, max_num_seqs=, max_num_batched_tokens=, block_size=, enable_prefix_caching=,
@@ -383,11 +383,18 @@ vllm:LLM -- the engine
     calls get_metrics(self)
     has llm_engine
 vllm.v1.engine.llm_engine:LLMEngine -- step by step
+    calls add_request(self, request_id, prompt, params)
     calls has_unfinished_requests(self)
     calls step(self)
     has vllm_config
+vllm.outputs:RequestOutput -- answers
+    has request_id outputs prompt_logprobs finished metrics
+vllm.v1.metrics.stats:RequestStateStats -- time to the first token
+    has first_token_latency
 vllm:SamplingParams -- greedy
-    calls SamplingParams(temperature=, max_tokens=)
+    calls SamplingParams(temperature=, max_tokens=, prompt_logprobs=, output_kind=)
+vllm.sampling_params:RequestOutputKind -- an output when the answer is complete
+    has FINAL_ONLY
 vllm.v1.metrics.loggers:PrometheusStatLogger -- the peak of KV blocks
     says 'vllm:kv_cache_usage_perc'
 """

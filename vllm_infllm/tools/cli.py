@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 
 from vllm_infllm import __version__
 from vllm_infllm.tools import CommandError, bench, demo, doctor, model, tune
+from vllm_infllm.tools.eval import command as evaluate
 
 # Each command is a module: its docstring is the help, `add_arguments(parser)` its options, `run(args)` its exit status.
-COMMANDS = {"model": model, "demo": demo, "doctor": doctor, "bench": bench, "tune": tune}
+COMMANDS = {"model": model, "demo": demo, "eval": evaluate, "doctor": doctor, "bench": bench, "tune": tune}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -27,15 +28,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Exit status: the command's own, 1 on a `CommandError`, 2 on wrong usage, 130 on Ctrl-C and where
-    it is told to end."""
+    """Run one command. Exit status: the command's own, a `CommandError`'s (2 on wrong usage, else 1), 130 on Ctrl-C and
+    where it is told to end."""
     args = build_parser().parse_args(argv)
     try:
         with ended_like_interrupted():
             return args.run(args)
     except CommandError as error:
         print(f"vllm-infllm {args.command}: error: {error}", file=sys.stderr)
-        return 1
+        return error.status
     except KeyboardInterrupt:
         return 130
 

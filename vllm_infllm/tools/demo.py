@@ -6,7 +6,6 @@ takes longer than it saves here). The exit status is 0 when InfLLM found every k
 
 import argparse
 import random
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,20 +14,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from vllm_infllm.plugin import unsupported_vllm
-from vllm_infllm.tools import CommandError
+from vllm_infllm.tools import CommandError, UsageError
 from vllm_infllm.tools.demo_report import Trial, report
 from vllm_infllm.tools.demo_worker import Answer, Job
-from vllm_infllm.tools.model import demo_dtype, demo_model, full_cache_bytes
+from vllm_infllm.tools.model import demo_dtype, demo_model
 from vllm_infllm.tools.passkey import passkey_prompt
+from vllm_infllm.tools.sides import BLOCK_SIZE, ENV, engine_arguments, load_tokenizer
 from vllm_infllm.tools.worker_process import json_lines
 
 WORKER = "vllm_infllm.tools.demo_worker"
 MAX_TOKENS = 8
-CHUNK = 2048
-BLOCK_SIZE = 128
 DEPTHS, DEPTHS_SLOW = [0.1, 0.5, 0.9], [0.1, 0.9]
-# On a CPU vLLM keeps a core free for its other processes; with one request at a time they sleep while it computes.
-ENV = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,26 +53,11 @@ def run(args: argparse.Namespace) -> int:
     trials = _trials(model, args.depths or (DEPTHS if dtype == "bfloat16" else DEPTHS_SLOW), args)
     console.print(f"{len(trials)} pass keys, each in {args.length:,} tokens; {Path(model).name} in {dtype}, eager")
 
-    common = {
-        "model": model,
-        "dtype": dtype,
-        "max_model_len": args.length + MAX_TOKENS,
-        "max_num_seqs": 1,
-        "max_num_batched_tokens": CHUNK,
-        "block_size": BLOCK_SIZE,
-        "enable_prefix_caching": False,
-        "enforce_eager": True,
-    }
     infllm = {"n_local": args.n_local, "topk": args.topk}
-    # vLLM refuses a length that the model was not trained on, and would take nearly all memory of a CPU machine. The
-    # override, unlike the environment variable that also allows the length, makes its rotary tables as long.
-    full = {
-        "hf_overrides": {"max_position_embeddings": args.length + MAX_TOKENS},
-        "kv_cache_memory_bytes": full_cache_bytes(model, dtype, args.length + MAX_TOKENS, BLOCK_SIZE),
-    }
+    max_model_len = args.length + MAX_TOKENS
     sides = [
-        Side("full attention", common | full),
-        Side("infllm", common | {"attention_backend": "infllm", "additional_config": {"infllm": infllm}}),
+        Side("full attention", engine_arguments("full", model, dtype, max_model_len, infllm)),
+        Side("infllm", engine_arguments("infllm", model, dtype, max_model_len, infllm)),
     ]
     answers = {side.name: _ask(side, trials, console) for side in sides}
     console.print(report(trials, answers, BLOCK_SIZE))
@@ -93,12 +74,7 @@ class Side:
 
 def _trials(model: str, depths: list[float], args: argparse.Namespace) -> list[Trial]:
     """One prompt a depth, each with a key of its own."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, model_max_length=sys.maxsize)
-    except (OSError, ValueError) as error:
-        raise CommandError(f"--model {model}: {error}") from error
+    tokenizer = load_tokenizer(model)
     draw = random.Random(args.seed)
     keys = [draw.randint(10000, 99999) for _ in depths]
     try:
@@ -107,7 +83,7 @@ def _trials(model: str, depths: list[float], args: argparse.Namespace) -> list[T
             for depth, key in zip(depths, keys, strict=True)
         ]
     except ValueError as error:
-        raise CommandError(str(error)) from error
+        raise UsageError(str(error)) from error
 
 
 def _ask(side: Side, trials: list[Trial], console: Console) -> list[Answer]:
