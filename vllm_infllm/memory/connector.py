@@ -21,6 +21,7 @@ from vllm_infllm.config import KEY, InfLLMConfig
 from vllm_infllm.memory.manager import InfLLMManager, InfLLMSpec
 from vllm_infllm.memory.requests import RequestMemory, RequestTable
 from vllm_infllm.memory.residency import Residency, Strategy
+from vllm_infllm.memory.stats import GroupCounter, InfLLMPromMetrics, InfLLMStats, scheduler_stats
 from vllm_infllm.memory.store import LayerMemory
 
 if TYPE_CHECKING:
@@ -73,11 +74,31 @@ class InfLLMConnector(KVConnectorBase_V1, SupportsHMA):
         self._admitted: list[Request] = []
         self._requests: dict[int, RequestTable] = {}
         self._residency: dict[int, Residency] = {}
+        self._counters: dict[int, GroupCounter] = {}
         self._group_of_layer: dict[str, int] = {}
+        self.num_waiting = 0
+        """Requests in the scheduler's queue; the scheduler sets it."""
 
     @property
     def requires_kv_delivery(self) -> bool:
         return False  # nothing leaves this engine
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> InfLLMStats:
+        return InfLLMStats(data or {})
+
+    @classmethod
+    def build_prom_metrics(cls, *args: Any) -> InfLLMPromMetrics:
+        return InfLLMPromMetrics(*args)
+
+    def get_kv_connector_stats(self) -> InfLLMStats | None:
+        """Once a step, of either side."""
+        if self.role is KVConnectorRole.SCHEDULER:
+            return scheduler_stats(self._managers.values(), self.num_waiting)
+        stats = InfLLMStats()
+        for counter in self._counters.values():
+            stats = stats.aggregate(InfLLMStats(counter.take()))
+        return None if stats.is_empty() else stats
 
     # ---- scheduler side -------------------------------------------------------------------------------------------
 
@@ -138,6 +159,9 @@ class InfLLMConnector(KVConnectorBase_V1, SupportsHMA):
         for group in self._requests:
             ours = [name for name, its_group in self._group_of_layer.items() if its_group == group]
             self._allocate_residency(group, [layers[name].impl for name in ours], kv_caches[ours[0]].device)
+            residency, on_cpu = self._residency.get(group), kv_caches[ours[0]].device.type == "cpu"
+            block_bytes = [kv_caches[name][0].nbytes for name in ours]
+            self._counters[group] = GroupCounter(block_bytes, not on_cpu and residency is None, residency)
 
     def _allocate_residency(self, group: int, impls: list["InfLLMImpl"], device: torch.device) -> None:
         config, requests = self.config, self._vllm_config.scheduler_config.max_num_seqs
@@ -165,6 +189,7 @@ class InfLLMConnector(KVConnectorBase_V1, SupportsHMA):
             if isinstance(attention, InfLLMMetadata) and not attention.planned:
                 members = _members(attention, self._requests[group], kwargs.get("request_ids"))
                 attention.plan(members, self.config.geometry, self.config.topk, self.max_model_len)
+                self._counters[group].count(attention.rounds)
 
     def _apply(self, update: GroupUpdate, requests: RequestTable, residency: Residency | None) -> None:
         for request_id in update.ended:
