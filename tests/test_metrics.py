@@ -1,6 +1,7 @@
-"""Metrics of a running server, recomputed from what was sent; the stats line and the dashboard that shows them."""
+"""A running server: its metrics, recomputed from what was sent, the dashboard that shows them, and traces over HTTP."""
 
 import asyncio
+import functools
 import itertools
 import json
 import re
@@ -16,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests import tiny_models
 from tests.servers import Server, serve
+from vllm_infllm.memory.trace import ARGUMENT, Trace
 
 BLOCK, N_INIT, N_LOCAL, TOPK, EXC, SLOTS = 32, 32, 128, 3, 64, 5
 MAX_LEN, LAYERS = 2048, 2
@@ -175,6 +177,56 @@ def test_gauges_follow_a_running_request(server: Server) -> None:
     assert len(set(seen)) >= 3 and set(seen) <= set(steps)
     assert [units for units, _ in seen] == sorted(units for units, _ in seen)
     assert settled(server)["units_in_use"] == 0
+
+
+def least_recently_used(trace: Trace) -> tuple[int, int, int]:
+    """Hits, misses and evictions of the residency caches while a request retrieved what its trace says."""
+    hits = misses = evictions = 0
+    for layer in range(LAYERS):
+        resident: dict[int, tuple[int, int]] = {}  # unit: when last used, when it came
+        for now, block in enumerate(trace.blocks):
+            wanted, slots = block.units[layer], min(SLOTS, max(0, stored_blocks(block.start) - 1))
+            for place, unit in enumerate(wanted):
+                if unit in resident:
+                    hits += 1
+                    continue
+                misses += 1
+                if len(resident) == slots:
+                    evictions += 1
+                    del resident[min(resident.keys() - set(wanted), key=lambda unit: resident[unit])]
+                resident[unit] = now, now * 1000 + place
+            resident.update({unit: (now, resident[unit][1]) for unit in wanted})
+    return hits, misses, evictions
+
+
+def test_a_trace_over_http_explains_the_residency_counters(server: Server) -> None:
+    """What the answer says was retrieved, replayed through caches of 5 slots, gives the hits, misses and evictions."""
+    before = settled(server)
+    with openai.OpenAI(base_url=server.url, api_key="none", max_retries=0) as api:
+        answered = api.completions.create(
+            model=api.models.list().data[0].id,
+            prompt=tiny_models.tokens(900),
+            max_tokens=30,
+            temperature=0,
+            extra_body={"ignore_eos": True, "vllm_xargs": {ARGUMENT: True}},
+        )
+    after = settled(server)
+    trace = Trace.from_json(answered.model_extra["kv_transfer_params"][ARGUMENT])
+    assert [(block.start, block.end) for block in trace.blocks] == execution_blocks(900, 929)
+    names = ("residency_hits_total", "residency_misses_total", "residency_evictions_total")
+    assert tuple(after[name] - before[name] for name in names) == least_recently_used(trace)
+    assert trace.retrievals().total() == after["units_retrieved_total"] - before["units_retrieved_total"]
+
+
+def test_a_mistyped_trace_argument_is_refused_over_http(server: Server) -> None:
+    """HTTP 400 with the reason; a request that does not ask gets none."""
+    with openai.OpenAI(base_url=server.url, api_key="none", max_retries=0) as api:
+        ask = functools.partial(api.completions.create, model=api.models.list().data[0].id, prompt=[5], max_tokens=1)
+        for value in ("true", 2, [1]):
+            with pytest.raises(openai.BadRequestError, match=r"infllm_trace=.*true or false is expected"):
+                ask(extra_body={"vllm_xargs": {ARGUMENT: value}})
+        for xargs in ({}, {ARGUMENT: False}, {"something": "else"}):
+            assert ask(extra_body={"vllm_xargs": xargs}).model_extra["kv_transfer_params"] is None
 
 
 def test_requests_that_wait_for_units_are_counted(server: Server) -> None:

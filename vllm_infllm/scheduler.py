@@ -37,9 +37,10 @@ class _ExecutionBlockAligned:
         return self._geometry.chunk_end(start, start + num_new_tokens, request.num_tokens) - start
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
-        """Tell the connector how many requests wait: its stats of the step are asked for in here."""
+        """Tell the connector first: in here it is asked for traces of requests that end, and for the step's stats."""
         connector: InfLLMConnector = self.connector  # type: ignore[attr-defined]
-        _, connector.num_waiting = self.get_request_counts()  # type: ignore[attr-defined]
+        _, num_waiting = self.get_request_counts()  # type: ignore[attr-defined]
+        connector.take_step(model_runner_output.kv_connector_output, num_waiting)
         return super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
 
 

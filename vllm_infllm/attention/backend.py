@@ -56,6 +56,8 @@ class InfLLMImpl(AttentionImpl[InfLLMMetadata]):
     rope: RotaryTable
     residency: Residency | None
     """If max_cached_blocks is set: which unit is in which slot."""
+    number: int
+    """Of the layer among those that run InfLLM, in the order of the model."""
 
     def __init__(
         self,
@@ -126,6 +128,8 @@ class InfLLMImpl(AttentionImpl[InfLLMMetadata]):
         ops, blocks, memory, slots, mass = self.ops, round_.blocks, self.memory, None, None
         self.aside.wait(kv_cache.device)
         chosen = ops.select(blocks, self.settings, self.rope, query, memory.representatives)
+        if round_.selections:
+            round_.selections.note(self.number, chosen)
         if self.residency:
             slots, missing = ops.resolve(blocks, self.settings, self.residency, chosen)
             ops.gather(memory, missing, slots, kv_cache)

@@ -8,6 +8,7 @@ from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilde
 
 from vllm_infllm.memory.geometry import Geometry
 from vllm_infllm.memory.requests import RequestMemory
+from vllm_infllm.memory.selections import Selections, TracedRow
 from vllm_infllm.ops import workspace
 from vllm_infllm.ops.interface import ExecutionBlocks, Leaving
 
@@ -51,6 +52,8 @@ class Round:
     blocks: ExecutionBlocks
     initial: torch.Tensor | None
     tally: Tally = field(default_factory=Tally)
+    selections: Selections | None = None
+    """Where layers note what they select, if a request of the round asked for a trace."""
 
 
 @dataclass
@@ -97,6 +100,7 @@ def _round(
 ) -> Round:
     """members: (span, request, where its units begin in `units`, start and end of the execution block)."""
     rows, leaving, tables, num_chosen, most_stored, chosen, retrieved = [], [], [], 0, 0, 0, 0
+    traced: list[TracedRow] = []
     longest = max(e - s for _, _, _, s, e in members)
     for span, request, first_unit, s, e in members:
         stored, edge, accumulate = geometry.stored_blocks(s), geometry.edge_start(s), int(request.outgrows_window)
@@ -105,6 +109,9 @@ def _round(
         row_chosen = min(stored, geometry.init_blocks + topk)
         num_chosen, most_stored = max(num_chosen, row_chosen), max(most_stored, stored)
         chosen, retrieved = chosen + row_chosen, retrieved + max(0, row_chosen - geometry.init_blocks)
+        if request.trace_id is not None:
+            sealed = request.units[geometry.init_blocks : stored]
+            traced.append(TracedRow(len(rows) - 1, request.trace_id, s, e, sealed))
         for block in range(stored, geometry.stored_blocks(e)):
             leaving.append([0, block, int(request.units[block]), int(block >= geometry.init_blocks)])
             tables.append(span.table)
@@ -132,7 +139,7 @@ def _round(
     initial = None
     if any(unit != NO_UNIT and not is_unit for _, _, unit, is_unit in leaving):
         initial = on_device[:, Leaving.UNIT].masked_fill(on_device[:, Leaving.IS_UNIT] == 1, -1)
-    return Round(blocks, initial, tally)
+    return Round(blocks, initial, tally, Selections(traced) if traced else None)
 
 
 def _on_device(tensor: torch.Tensor, device: torch.device, name: str) -> torch.Tensor:
