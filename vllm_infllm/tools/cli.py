@@ -5,10 +5,10 @@ import sys
 from collections.abc import Sequence
 
 from vllm_infllm import __version__
-from vllm_infllm.tools import CommandError, demo, doctor, model
+from vllm_infllm.tools import CommandError, demo, doctor, explain, model
 
 # Each command is a module: its docstring is the help, `add_arguments(parser)` its options, `run(args)` its exit status.
-COMMANDS = {"model": model, "demo": demo, "doctor": doctor}
+COMMANDS = {"model": model, "demo": demo, "doctor": doctor, "explain": explain}
 
 
 def build_parser() -> argparse.ArgumentParser:
