@@ -10,7 +10,10 @@ import pytest
 
 from tests import oracle_model, tiny_models
 from tests.engines import greedy, infllm_engine, manager, scheduler
+from tests.one_layer import Layer, Sequence, Shape, oracle_of
 from tests.oracle import BlockRecord, OracleConfig, OracleResult
+from vllm_infllm.attention.backend import InfLLMImpl
+from vllm_infllm.memory.selections import traced_blocks
 from vllm_infllm.memory.trace import ARGUMENT, Trace, TracedBlock, asked
 
 SIZES = {"n_init": 32, "n_local": 128, "topk": 3, "repr_topk": 2, "exc_block_size": 64}
@@ -187,3 +190,27 @@ def test_traces_are_read_without_vllm_and_torch() -> None:
     """Where answers are looked at, neither need be installed."""
     code = "import sys; sys.modules.update(vllm=None, torch=None); import vllm_infllm.memory.trace"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_layer_notes_the_units_that_the_oracle_selects() -> None:
+    """Two requests of one layer, of which one asked: numbers in the text, whatever host units they got."""
+    shape = Shape(ORACLE, max_len=800)
+    layer = Layer(shape, 40, 40, seed=3)
+    layer.impl.number, admit, selections = 0, layer.requests.admit, []
+    asking, other = Sequence.random(shape, 620, 600, seed=1), Sequence.random(shape, 300, 299, seed=2)
+
+    def admit_traced(request_id: str, *args: Any) -> Any:
+        return admit(request_id, *args, traced=request_id == str(id(asking)))
+
+    def forward(*args: Any) -> Any:
+        done = InfLLMImpl.forward(layer.impl, *args)
+        selections.extend(round_.selections for round_ in args[5].rounds if round_.selections)
+        return done
+
+    layer.requests.admit, layer.impl.forward = admit_traced, forward
+    layer.step([(other, 250), (asking, 256)])
+    layer.run(asking, chunk=256)
+    (blocks,) = traced_blocks(selections, num_layers=1).values()
+    records = oracle_of(shape, asking).blocks
+    assert [(b.start, b.end, b.units) for b in blocks] == [(r.start, r.end, [r.selected]) for r in records]
+    assert sum(len(record.selected) < record.num_sealed for record in records) > 10
