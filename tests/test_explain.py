@@ -63,8 +63,8 @@ def test_a_prompt_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert signature == b"\x89PNG\r\n\x1a\n" and width > 500 and height > 300
     printed = capsys.readouterr().out
     assert "answer: t" in printed
-    # Up to token 1202, the last one computed: three whole blocks of 512, the rest of the prompt, and four tokens.
-    assert "8 execution blocks, 6 units, 2 layers" in printed.replace(f"{picture}: ", "")
+    # Blocks of 256 up to the last token of the prompt, which is one of its own, and three tokens of the answer.
+    assert "9 execution blocks, 6 units, 2 layers" in printed.replace(f"{picture}: ", "")
     rows = [line.split("│") for line in printed.splitlines() if "│" in line]
     assert 1 <= len(rows) <= 5
     for _, _unit, at, times, of, text, _ in rows:

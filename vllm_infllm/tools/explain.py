@@ -51,8 +51,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = _tokenizer(model)
     prompt = tokenizer.encode(_read(args.prompt_file))
     computed = len(prompt) + args.max_tokens - 1
-    sealed = InfLLMConfig(n_local=args.n_local).geometry.sealed_units(computed - 1)
-    if not sealed:
+    if not InfLLMConfig(n_local=args.n_local).geometry.sealed_units(computed - 1):
         raise CommandError(
             f"--prompt-file {args.prompt_file} has {len(prompt)} tokens, and with --n-local {args.n_local} nothing "
             "leaves the window that could be retrieved: give a longer text or lower --n-local."
@@ -73,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
     trace = Trace.from_json(answer["trace"])
     heatmap.draw(trace, len(prompt), args.output)
     console.print(Text(f"answer: {answer['text']}"))
-    console.print(f"{args.output}: {len(trace.blocks)} execution blocks, {sealed} units, {len(trace.layers)} layers")
+    units = trace.sealed_units(trace.blocks[-1])
+    console.print(f"{args.output}: {len(trace.blocks)} execution blocks, {units} units, {len(trace.layers)} layers")
     console.print(most_retrieved(trace, [*prompt, *answer["token_ids"]], tokenizer, args.most))
     return 0
 
