@@ -146,6 +146,7 @@ class Engine:
         held = [block for request in self.running for block in self.blocks(request).values()]
         assert len(set(held)) == len(held) and self.kv.block_pool.null_block.block_id not in held
         assert self.free_blocks + len(held) == self.kv.block_pool.num_gpu_blocks - 1
+        assert self.manager.num_blocks_held == len(held)
         units = [unit for request in self.running for unit in self.manager.units[request.request_id]]
         assert len(set(units)) == len(units) == self.manager.pool.num_units - self.manager.pool.num_free
         for request in self.running:
@@ -159,6 +160,7 @@ class Engine:
         assert manager.take_ended() == self.ended
         leftovers = (manager.units, manager.take_new_units(), manager.take_ended(), manager.req_to_blocks)
         assert not any(leftovers) and not self.worker
+        assert manager.num_blocks_held == 0 and not manager.short_of_units
 
 
 @st.composite
@@ -289,6 +291,25 @@ def test_units_held_count_for_their_request_only() -> None:
     assert wanted(manager, "a", 23, computed=20) == 1
     assert wanted(manager, "b", 11) == 3  # stores nothing yet
     assert wanted(manager, "b", 12) > manager.block_pool.get_num_free_blocks()
+
+
+def test_short_of_units_until_there_are_enough() -> None:
+    """From the refusal of a request until as many units are free as it lacked, or it is gone."""
+    manager = make_manager(num_units=3)
+    manager.allocate_new_blocks("a", 16, 16)
+    assert wanted(manager, "b", 12) <= manager.block_pool.get_num_free_blocks() and not manager.short_of_units
+    wanted(manager, "b", 16)
+    assert manager.short_of_units
+    manager.free("a")
+    assert not manager.short_of_units
+    manager.allocate_new_blocks("c", 16, 16)
+    wanted(manager, "b", 16)
+    wanted(manager, "d", 20)
+    assert manager.short_of_units
+    manager.free("b")
+    assert manager.short_of_units
+    manager.free("d")
+    assert not manager.short_of_units
 
 
 def test_units_are_announced_once() -> None:

@@ -60,6 +60,16 @@ def make(family: str, folder: Path, **overrides: Any) -> str:
     return str(folder)
 
 
+def add_tokenizer(folder: Path) -> None:
+    """Words t0 .. t255, each a token of that number, separated by blanks."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t2"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"bos_token": "t0", "eos_token": "t1", "pad_token": "t2"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+
+
 def tokens(count: int, seed: int = 0) -> list[int]:
     """Random token ids, none of them special."""
     generator = torch.Generator().manual_seed(seed)

@@ -120,7 +120,9 @@ vllm.v1.core.sched.scheduler:Scheduler -- prefill chunks are cut by what cuts th
     overrides __init__(self, ...)
     overrides _mamba_block_aligned_split(self, request, num_new_tokens, num_new_local_computed_tokens,
         num_external_computed_tokens)
-    has need_mamba_block_aligned_split vllm_config
+    overrides update_from_output(self, scheduler_output, model_runner_output)
+    calls get_request_counts(self)
+    has need_mamba_block_aligned_split vllm_config connector
 vllm.v1.core.sched.scheduler:Scheduler.__init__ -- memory/connector.py is given the block manager
     does KVCacheManager, self.connector.bind_kv_cache_manager
 vllm.v1.core.sched.scheduler:Scheduler.schedule -- running and waiting requests are cut; the connector speaks last
@@ -129,7 +131,9 @@ vllm.v1.core.sched.scheduler:Scheduler.schedule -- running and waiting requests 
 vllm.v1.core.sched.async_scheduler:AsyncScheduler -- the same on accelerators
     subclassed
 vllm.v1.request:Request -- also memory/connector.py
-    has request_id num_computed_tokens num_tokens num_prompt_tokens max_tokens kv_transfer_params
+    has request_id num_computed_tokens num_tokens num_prompt_tokens max_tokens sampling_params
+vllm.v1.outputs:ModelRunnerOutput -- the connector is told first what the worker sent
+    has kv_connector_output
 vllm.v1.core.sched.output:SchedulerOutput -- memory/connector.py: the plan must be there before the forward pass
     has has_sync_kv_loads
 
@@ -199,8 +203,12 @@ vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorBase_V1 -- InfLLMCo
     overrides wait_for_layer_load(self, layer_name)
     overrides save_kv_layer(self, layer_name, kv_layer, attn_metadata, **kwargs)
     overrides wait_for_save(self)
+    overrides get_kv_connector_stats(self)
+    overrides build_connector_worker_meta(self)
+    overrides classmethod build_kv_connector_stats(cls, data)
+    overrides classmethod build_prom_metrics(cls, vllm_config, metric_types, labelnames, per_engine_labelvalues)
     calls _get_connector_metadata(self)
-    has _vllm_config _kv_cache_config
+    has _vllm_config _kv_cache_config role
 vllm.distributed.kv_transfer.kv_connector.v1.base:SupportsHMA -- without it our spec would be dropped
     subclassed
     overrides request_finished_all_groups(self, request, block_ids)
@@ -220,6 +228,7 @@ vllm.v1.worker.kv_connector_model_runner_mixin:KVConnectorModelRunnerMixin._get_
     says start_after_forward = not scheduler_output.has_sync_kv_loads
     does 1 x kv_connector.start_load_kv if not start_after_forward
     does kv_connector.start_load_kv, yield
+    does yield, kv_connector.get_kv_connector_stats, kv_connector.build_connector_worker_meta
 vllm.v1.worker.gpu.kv_connector:ActiveKVConnector.pre_forward -- model runner V2
     does 1 x self._start_load_kv if scheduler_output.has_sync_kv_loads
 vllm.v1.worker.gpu.kv_connector:ActiveKVConnector._build_load_kwargs -- V2 says whose row is whose
@@ -229,6 +238,52 @@ vllm.v1.worker.gpu.kv_connector:ActiveKVConnector._start_load_kv -- model runner
     says self.kv_connector.start_load_kv(get_forward_context(), **load_kwargs)
 vllm.v1.worker.gpu.model_runner:GPUModelRunner.execute_model -- V2: the connector between metadata and model
     does self.model_state.prepare_attn, self.kv_connector.pre_forward, self.model
+
+# metrics: memory/stats.py
+
+vllm.distributed.kv_transfer.kv_connector.v1.metrics:KVConnectorStats -- InfLLMStats
+    subclassed
+    overrides reset(self)
+    overrides is_empty(self)
+    overrides aggregate(self, other)
+    overrides reduce(self)
+    has data
+vllm.distributed.kv_transfer.kv_connector.v1.metrics:KVConnectorPromMetrics -- InfLLMPromMetrics
+    subclassed
+    overrides __init__(self, vllm_config, metric_types, labelnames, per_engine_labelvalues)
+    overrides observe(self, transfer_stats_data, engine_idx)
+    has _gauge_cls _counter_cls _labelnames per_engine_labelvalues
+vllm.v1.metrics.utils:create_metric_per_engine -- one series for each engine
+    calls create_metric_per_engine(metric, per_engine_labelvalues)
+vllm.v1.core.sched.scheduler:Scheduler.update_from_output -- asks the connector, and adds what the worker counted
+    does self.connector.get_kv_connector_stats, kv_connector_stats.aggregate, self.make_stats
+vllm.distributed.kv_transfer.kv_connector.v1.metrics:KVConnectorLogging.log -- the line in the log
+    does self.transfer_stats_accumulator.reduce
+
+# traces: memory/connector.py, memory/trace.py; requests are checked in plugin.py
+
+vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorWorkerMetadata -- InfLLMWorkerMetadata
+    subclassed
+    overrides aggregate(self, other)
+vllm.v1.outputs:KVConnectorOutput -- what the worker sent
+    has kv_connector_worker_meta
+vllm.v1.worker.gpu.kv_connector:ActiveKVConnector.post_forward -- model runner V2
+    does self.kv_connector.get_kv_connector_stats, self.kv_connector.build_connector_worker_meta
+vllm.v1.core.sched.scheduler:Scheduler.update_from_output -- traces of requests that end are asked for and returned
+    does self._free_request, EngineCoreOutput
+    says kv_transfer_params=kv_transfer_params
+vllm.v1.core.sched.scheduler:Scheduler._connector_finished -- all groups at once
+    does self.connector.request_finished_all_groups
+vllm.v1.engine.output_processor:RequestState._new_request_output -- a trace reaches the answer
+    says kv_transfer_params=kv_transfer_params
+vllm.platforms.interface:Platform -- requests with a mistyped argument are refused
+    overrides classmethod validate_request(cls, processed_inputs, params)
+vllm.v1.engine.input_processor:InputProcessor.process_inputs -- the platform may refuse a request
+    does current_platform.validate_request
+vllm.exceptions:VLLMValidationError -- the one that becomes HTTP 400
+    calls VLLMValidationError(message)
+vllm.sampling_params:SamplingParams -- the argument
+    has extra_args n
 
 # the worker: worker/
 

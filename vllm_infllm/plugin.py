@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_infllm import __version__, ops
 from vllm_infllm.config import DEFAULT_BLOCK_SIZE, KEY, ConfigError, InfLLMConfig, explain_shrinking, resolve
+from vllm_infllm.memory import trace
 from vllm_infllm.ops import local_attention
 
 if TYPE_CHECKING:
@@ -372,3 +373,31 @@ def _complete_config(config: "VllmConfig") -> None:
     config.scheduler_config.scheduler_cls = f"vllm_infllm.scheduler.InfLLM{kind}Scheduler"
     worker = "cpu.InfLLMCPUWorker" if current_platform.is_cpu() else "gpu.InfLLMGPUWorker"
     config.parallel_config.worker_cls = f"vllm_infllm.worker.{worker}"
+    _check_requests()
+
+
+def _check_requests() -> None:
+    """Refuse requests with a mistyped trace argument (HTTP 400), where the platform may refuse a request.
+
+    The only other public place, a logits processor, would run in every step.
+    """
+    from vllm.exceptions import VLLMValidationError
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    original = platform.validate_request
+    if getattr(original, "_infllm", False):
+        return
+
+    @functools.wraps(original.__func__)
+    def validate_request(cls: Any, processed_inputs: Any, params: Any) -> None:
+        original(processed_inputs, params)
+        try:
+            wanted = trace.asked(getattr(params, "extra_args", None))
+        except ValueError as error:
+            raise VLLMValidationError(str(error)) from error
+        if wanted and params.n > 1:
+            raise VLLMValidationError(f"{trace.ARGUMENT} is for one answer, and n={params.n}: set n to 1.")
+
+    validate_request._infllm = True  # type: ignore[attr-defined]
+    platform.validate_request = classmethod(validate_request)

@@ -1,12 +1,17 @@
 """vLLM's scheduler with prefill chunks that end where results do not depend on the token budget."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from vllm_infllm.config import KEY, InfLLMConfig
+
+if TYPE_CHECKING:
+    from vllm_infllm.memory.connector import InfLLMConnector
 
 
 class _ExecutionBlockAligned:
@@ -30,6 +35,13 @@ class _ExecutionBlockAligned:
     ) -> int:
         start = request.num_computed_tokens + num_new_local_computed_tokens + num_external_computed_tokens
         return self._geometry.chunk_end(start, start + num_new_tokens, request.num_tokens) - start
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
+        """Tell the connector first: in here it is asked for traces of requests that end, and for the step's stats."""
+        connector: InfLLMConnector = self.connector  # type: ignore[attr-defined]
+        _, num_waiting = self.get_request_counts()  # type: ignore[attr-defined]
+        connector.take_step(model_runner_output.kv_connector_output, num_waiting)
+        return super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
 
 
 class InfLLMScheduler(_ExecutionBlockAligned, Scheduler):

@@ -59,6 +59,8 @@ class InfLLMImpl(AttentionImpl[InfLLMMetadata]):
     """If max_cached_blocks is set: which unit is in which slot."""
     selection: LayerSelection | None
     """If another selection rule than the paper's is set."""
+    number: int
+    """Of the layer among those that run InfLLM, in the order of the model."""
 
     def __init__(
         self,
@@ -133,6 +135,8 @@ class InfLLMImpl(AttentionImpl[InfLLMMetadata]):
             chosen = self.selection.select(blocks, self.settings, self.rope, query)
         else:
             chosen = ops.select(blocks, self.settings, self.rope, query, memory.representatives)
+        if round_.selections:
+            round_.selections.note(self.number, chosen)
         if self.residency:
             slots, missing = ops.resolve(blocks, self.settings, self.residency, chosen)
             ops.gather(memory, missing, slots, kv_cache)

@@ -8,6 +8,7 @@ from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilde
 
 from vllm_infllm.memory.geometry import Geometry
 from vllm_infllm.memory.requests import RequestMemory
+from vllm_infllm.memory.selections import Selections, TracedRow
 from vllm_infllm.ops import workspace
 from vllm_infllm.ops.interface import ExecutionBlocks, Leaving
 
@@ -28,6 +29,20 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Tally:
+    """What a round does in each layer, in blocks."""
+
+    stored: int = 0
+    """Blocks moved to the store,"""
+    sealed: int = 0
+    """of which so many are units."""
+    chosen: int = 0
+    """Stored blocks attended to, over all rows,"""
+    retrieved: int = 0
+    """of which so many are units."""
+
+
+@dataclass(frozen=True)
 class Round:
     """One execution block of each of several requests; the rounds of a step follow one another.
 
@@ -36,6 +51,9 @@ class Round:
 
     blocks: ExecutionBlocks
     initial: torch.Tensor | None
+    tally: Tally = field(default_factory=Tally)
+    selections: Selections | None = None
+    """Where layers note what they select, if a request of the round asked for a trace."""
 
 
 @dataclass
@@ -81,17 +99,23 @@ def _round(
     max_len: int,
 ) -> Round:
     """members: (span, request, where its units begin in `units`, start and end of the execution block)."""
-    rows, leaving, tables, num_chosen, most_stored = [], [], [], 0, 0
+    rows, leaving, tables, num_chosen, most_stored, chosen, retrieved = [], [], [], 0, 0, 0, 0
+    traced: list[TracedRow] = []
     longest = max(e - s for _, _, _, s, e in members)
     for span, request, first_unit, s, e in members:
         stored, edge, accumulate = geometry.stored_blocks(s), geometry.edge_start(s), int(request.outgrows_window)
         offset = span.offset + s - span.start
         rows.append([offset, s, e, edge, span.table, stored, first_unit, accumulate, request.number])
-        num_chosen = max(num_chosen, min(stored, geometry.init_blocks + topk))
-        most_stored = max(most_stored, stored)
+        row_chosen = min(stored, geometry.init_blocks + topk)
+        num_chosen, most_stored = max(num_chosen, row_chosen), max(most_stored, stored)
+        chosen, retrieved = chosen + row_chosen, retrieved + max(0, row_chosen - geometry.init_blocks)
+        if request.trace_id is not None:
+            sealed = request.units[geometry.init_blocks : stored]
+            traced.append(TracedRow(len(rows) - 1, request.trace_id, s, e, sealed))
         for block in range(stored, geometry.stored_blocks(e)):
             leaving.append([0, block, int(request.units[block]), int(block >= geometry.init_blocks)])
             tables.append(span.table)
+    tally = Tally(len(leaving), sum(is_unit for *_, is_unit in leaving), chosen, retrieved)
     device = block_table.device
     if device.type != "cpu":
         # Launches of decode steps look the same however long the requests are, as CUDA graphs need it.
@@ -116,7 +140,7 @@ def _round(
     initial = None
     if any(unit != NO_UNIT and not is_unit for _, _, unit, is_unit in leaving):
         initial = on_device[:, Leaving.UNIT].masked_fill(on_device[:, Leaving.IS_UNIT] == 1, -1)
-    return Round(blocks, initial)
+    return Round(blocks, initial, tally, Selections(traced) if traced else None)
 
 
 def _on_device(tensor: torch.Tensor, device: torch.device, name: str) -> torch.Tensor:

@@ -12,6 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
+    KVConnectorWorkerMetadata,
     SupportsHMA,
 )
 
@@ -22,7 +23,10 @@ from vllm_infllm.config import KEY, InfLLMConfig
 from vllm_infllm.memory.manager import InfLLMManager, InfLLMSpec
 from vllm_infllm.memory.requests import RequestMemory, RequestTable
 from vllm_infllm.memory.residency import Residency, Strategy
+from vllm_infllm.memory.selections import Selections, traced_blocks
+from vllm_infllm.memory.stats import GroupCounter, InfLLMPromMetrics, InfLLMStats, scheduler_stats
 from vllm_infllm.memory.store import LayerMemory
+from vllm_infllm.memory.trace import ARGUMENT, Trace, TracedBlock
 from vllm_infllm.selection.layer import LayerSelection
 
 if TYPE_CHECKING:
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
     from vllm_infllm.attention.backend import InfLLMImpl
@@ -46,6 +51,7 @@ class Admission:
     first_block: int
     prompt_len: int
     outgrows_window: bool
+    traced: bool
 
 
 @dataclass
@@ -64,6 +70,17 @@ class InfLLMConnectorMetadata(KVConnectorMetadata):
     groups: dict[int, GroupUpdate]
 
 
+@dataclass
+class InfLLMWorkerMetadata(KVConnectorWorkerMetadata):
+    """What a step retrieved for the requests that asked for a trace, by request."""
+
+    blocks: dict[str, list[TracedBlock]]
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> "InfLLMWorkerMetadata":
+        """All workers select the same units."""
+        return self
+
+
 class InfLLMConnector(KVConnectorBase_V1, SupportsHMA):
     """One instance on the scheduler, one on the worker; `role` tells which."""
 
@@ -75,11 +92,33 @@ class InfLLMConnector(KVConnectorBase_V1, SupportsHMA):
         self._admitted: list[Request] = []
         self._requests: dict[int, RequestTable] = {}
         self._residency: dict[int, Residency] = {}
+        self._counters: dict[int, GroupCounter] = {}
         self._group_of_layer: dict[str, int] = {}
+        self._layer_numbers = {name: number for number, name in enumerate(_our_layers(kv_cache_config))}
+        self._selections: list[Selections] = []
+        self._traces: dict[str, Trace] = {}
+        self._num_waiting = 0
 
     @property
     def requires_kv_delivery(self) -> bool:
         return False  # nothing leaves this engine
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> InfLLMStats:
+        return InfLLMStats(data or {})
+
+    @classmethod
+    def build_prom_metrics(cls, *args: Any) -> InfLLMPromMetrics:
+        return InfLLMPromMetrics(*args)
+
+    def get_kv_connector_stats(self) -> InfLLMStats | None:
+        """Once a step, of either side."""
+        if self.role is KVConnectorRole.SCHEDULER:
+            return scheduler_stats(self._managers.values(), self._num_waiting)
+        stats = InfLLMStats()
+        for counter in self._counters.values():
+            stats = stats.aggregate(InfLLMStats(counter.take()))
+        return None if stats.is_empty() else stats
 
     # ---- scheduler side -------------------------------------------------------------------------------------------
 
@@ -93,6 +132,10 @@ class InfLLMConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
         self._admitted.append(request)
+        if _wants_trace(request):
+            config = self.config
+            trace = Trace(config.block_size, config.n_init, config.n_local, list(self._layer_numbers))
+            self._traces.setdefault(request.request_id, trace)
 
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> InfLLMConnectorMetadata:
         # The plan must be complete before the forward pass, not beside it.
@@ -114,12 +157,29 @@ class InfLLMConnector(KVConnectorBase_V1, SupportsHMA):
             first_block=manager.first_block(request.request_id),
             prompt_len=request.num_tokens,
             outgrows_window=longest > self.config.n_local,
+            traced=request.request_id in self._traces,
         )
+
+    def take_step(self, output: "KVConnectorOutput | None", num_waiting: int) -> None:
+        """From the scheduler, before it handles a step's output: what the worker sent, and how many requests queue.
+
+        vLLM's own call, update_connector_output, comes when the requests that end in the step are gone.
+        """
+        self._num_waiting = num_waiting
+        sent = output.kv_connector_worker_meta if output else None
+        if not isinstance(sent, InfLLMWorkerMetadata):
+            return
+        for request_id, blocks in sent.blocks.items():
+            # A step may have been in flight when its request ended.
+            if trace := self._traces.get(request_id):
+                for block in blocks:
+                    trace.add(block)
 
     def request_finished_all_groups(
         self, request: "Request", block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        return False, None
+        trace = self._traces.pop(request.request_id, None)
+        return False, {ARGUMENT: trace.to_json()} if trace else None
 
     # ---- worker side ----------------------------------------------------------------------------------------------
 
@@ -128,7 +188,7 @@ class InfLLMConnector(KVConnectorBase_V1, SupportsHMA):
         layers = self._vllm_config.compilation_config.static_forward_context
         for group, group_spec in enumerate(self._kv_cache_config.kv_cache_groups):
             for name in group_spec.layer_names:
-                spec = getattr(group_spec.kv_cache_spec, "kv_cache_specs", {}).get(name, group_spec.kv_cache_spec)
+                spec = _spec_of(name, group_spec.kv_cache_spec)
                 if not isinstance(spec, InfLLMSpec):
                     continue
                 impl, cache = layers[name].impl, kv_caches[name]
@@ -137,11 +197,15 @@ class InfLLMConnector(KVConnectorBase_V1, SupportsHMA):
                 )
                 rule = selection.load(self.config.selection)
                 impl.selection = rule and LayerSelection.allocate(rule, impl.memory, self.config.repr_topk)
+                impl.number = self._layer_numbers[name]
                 self._group_of_layer[name] = group
                 self._requests[group] = RequestTable()
         for group in self._requests:
             ours = [name for name, its_group in self._group_of_layer.items() if its_group == group]
             self._allocate_residency(group, [layers[name].impl for name in ours], kv_caches[ours[0]].device)
+            residency, on_cpu = self._residency.get(group), kv_caches[ours[0]].device.type == "cpu"
+            block_bytes = [kv_caches[name][0].nbytes for name in ours]
+            self._counters[group] = GroupCounter(block_bytes, not on_cpu and residency is None, residency)
 
     def _allocate_residency(self, group: int, impls: list["InfLLMImpl"], device: torch.device) -> None:
         config, requests = self.config, self._vllm_config.scheduler_config.max_num_seqs
@@ -169,16 +233,25 @@ class InfLLMConnector(KVConnectorBase_V1, SupportsHMA):
             if isinstance(attention, InfLLMMetadata) and not attention.planned:
                 members = _members(attention, self._requests[group], kwargs.get("request_ids"))
                 attention.plan(members, self.config.geometry, self.config.topk, self.max_model_len)
+                self._counters[group].count(attention.rounds)
+                self._selections += [round_.selections for round_ in attention.rounds if round_.selections]
 
     def _apply(self, update: GroupUpdate, requests: RequestTable, residency: Residency | None) -> None:
         for request_id in update.ended:
             requests.end(request_id)
         for new in update.admissions:
-            request = requests.admit(new.request_id, new.first_block, new.prompt_len, new.outgrows_window)
+            request = requests.admit(new.request_id, new.first_block, new.prompt_len, new.outgrows_window, new.traced)
             if residency:
                 residency.reset(request.number)
         for first_block, units in update.new_units:
             requests[first_block].give(units)
+
+    def build_connector_worker_meta(self) -> InfLLMWorkerMetadata | None:
+        """At the end of a step. Waits for a GPU if a request of the step asked for a trace, and only then."""
+        if not self._selections:
+            return None
+        selections, self._selections = self._selections, []
+        return InfLLMWorkerMetadata(traced_blocks(selections, len(self._layer_numbers)))
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         pass
@@ -189,6 +262,23 @@ class InfLLMConnector(KVConnectorBase_V1, SupportsHMA):
     def wait_for_save(self) -> None:
         """The step is complete when its blocks are in the store."""
         aside.wait_all()
+
+
+def _our_layers(kv_cache_config: "KVCacheConfig") -> list[str]:
+    """Names of the layers that run InfLLM, in the order of the model."""
+    specs = [(group.layer_names, group.kv_cache_spec) for group in kv_cache_config.kv_cache_groups]
+    ours = [name for names, spec in specs for name in names if isinstance(_spec_of(name, spec), InfLLMSpec)]
+    return sorted(ours, key=lambda name: [int(part) for part in name.split(".") if part.isdigit()])
+
+
+def _spec_of(layer: str, group_spec: Any) -> Any:
+    """The layer's own spec, where the layers of a group differ."""
+    return getattr(group_spec, "kv_cache_specs", {}).get(layer, group_spec)
+
+
+def _wants_trace(request: "Request") -> bool:
+    """Requests were checked where they arrived (plugin.py); nothing may fail here, inside the engine."""
+    return bool(request.sampling_params and (request.sampling_params.extra_args or {}).get(ARGUMENT))
 
 
 def _members(attention: InfLLMMetadata, requests: RequestTable, request_ids: list[str] | None) -> list[RequestMemory]:

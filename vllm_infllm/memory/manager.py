@@ -74,7 +74,10 @@ class InfLLMManager(SlidingWindowManager):
         self.geometry = kv_cache_spec.geometry
         self.pool = UnitPool(kv_cache_spec.num_units)
         self.units: dict[str, list[int]] = {}
+        self.num_blocks_held = 0
+        """Paged blocks that requests hold now."""
         self._new_units: dict[str, list[int]] = {}
+        self._refused: dict[str, int] = {}
         self._ended: list[str] = []
 
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
@@ -84,16 +87,20 @@ class InfLLMManager(SlidingWindowManager):
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
-        stored = self.geometry.stored_blocks(processed_computed_tokens)
+        stored, free = self.geometry.stored_blocks(processed_computed_tokens), self.block_pool.get_num_free_blocks()
         self._remove_blocks_in_range(request_id, self.kv_cache_spec.kept_blocks, stored)
+        self.num_blocks_held -= self.block_pool.get_num_free_blocks() - free
 
     def get_num_blocks_to_allocate(
         self, request_id: str, num_tokens: int, new_computed_blocks: Sequence[KVCacheBlock], *args: Any, **kwargs: Any
     ) -> int:
         """As for a sliding window; more than there are when units are short, so that the request waits or another is
         preempted."""
-        if self._units_short(request_id, num_tokens) > self.pool.num_free:
+        short = self._units_short(request_id, num_tokens)
+        if short > self.pool.num_free:
+            self._refused[request_id] = short
             return self.block_pool.get_num_free_blocks() + 1
+        self._refused.pop(request_id, None)
         return super().get_num_blocks_to_allocate(request_id, num_tokens, new_computed_blocks, *args, **kwargs)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
@@ -101,13 +108,23 @@ class InfLLMManager(SlidingWindowManager):
         self.units.setdefault(request_id, []).extend(new)
         if new:
             self._new_units.setdefault(request_id, []).extend(new)
-        return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+        blocks = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+        self.num_blocks_held += len(blocks)
+        return blocks
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self.pool.give_back(self.units.pop(request_id, []))
         self._new_units.pop(request_id, None)
+        self._refused.pop(request_id, None)
         self._ended.append(request_id)
-        return super().pop_blocks_for_free(request_id)
+        blocks = super().pop_blocks_for_free(request_id)
+        self.num_blocks_held -= sum(not block.is_null for block in blocks)
+        return blocks
+
+    @property
+    def short_of_units(self) -> bool:
+        """Whether a request was refused more units than there are now."""
+        return any(short > self.pool.num_free for short in self._refused.values())
 
     def take_new_units(self) -> dict[str, list[int]]:
         """Units given since the last call, by request."""

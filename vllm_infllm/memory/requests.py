@@ -18,12 +18,14 @@ class RequestMemory:
         attention needs to be accumulated.
     number: its own among the requests that are in the worker now, below max_num_seqs.
     units: [stored blocks] int64, host unit ids of its stored blocks, in order, given as it grows.
+    trace_id: the request's own id if it asked for a trace.
     """
 
     prompt_len: int
     outgrows_window: bool
     number: int = 0
     units: torch.Tensor = field(default_factory=_no_units)
+    trace_id: str | None = None
 
     def give(self, units: list[int]) -> None:
         """Add the units of the blocks that will be stored next."""
@@ -46,12 +48,15 @@ class RequestTable:
     def named(self, request_id: str) -> RequestMemory:
         return self._requests[self._names[request_id]]
 
-    def admit(self, request_id: str, first_block: int, prompt_len: int, outgrows_window: bool) -> RequestMemory:
+    def admit(
+        self, request_id: str, first_block: int, prompt_len: int, outgrows_window: bool, traced: bool = False
+    ) -> RequestMemory:
         """A request that starts; it gets the lowest number that nobody has."""
         taken = {request.number for request in self._requests.values()}
         number = next(number for number in range(len(taken) + 1) if number not in taken)
         self._names[request_id] = first_block
-        self._requests[first_block] = RequestMemory(prompt_len, outgrows_window, number)
+        trace_id = request_id if traced else None
+        self._requests[first_block] = RequestMemory(prompt_len, outgrows_window, number, trace_id=trace_id)
         return self._requests[first_block]
 
     def end(self, request_id: str) -> None:

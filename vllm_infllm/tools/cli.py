@@ -7,11 +7,19 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from vllm_infllm import __version__
-from vllm_infllm.tools import CommandError, bench, demo, doctor, model, tune
+from vllm_infllm.tools import CommandError, bench, demo, doctor, explain, model, tune
 from vllm_infllm.tools.eval import command as evaluate
 
 # Each command is a module: its docstring is the help, `add_arguments(parser)` its options, `run(args)` its exit status.
-COMMANDS = {"model": model, "demo": demo, "eval": evaluate, "doctor": doctor, "bench": bench, "tune": tune}
+COMMANDS = {
+    "model": model,
+    "demo": demo,
+    "eval": evaluate,
+    "doctor": doctor,
+    "explain": explain,
+    "bench": bench,
+    "tune": tune,
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
