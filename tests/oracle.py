@@ -17,12 +17,16 @@ remainder (or the initial tokens, near the start of the sequence, where the wind
 Shapes: H query heads, KH key/value heads, N tokens, D head size, B unit size, n = e - s queries, U sealed units.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+# Far queries [H, n, D], keys [U, H, B, D] and attention received [U, H, B] of units, scale, repr_topk: scores [U].
+Score = Callable[[Tensor, Tensor, Tensor, float, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class OracleConfig:
     topk: int  # units retrieved for an execution block
     repr_topk: int  # representative tokens of a unit
     exc: int  # largest execution block
+    rule: "Score | None" = None  # another selection rule than the paper's
 
     def __post_init__(self) -> None:
         if self.n_init % self.block_size or self.n_local % self.block_size:
@@ -227,6 +232,11 @@ def infllm_attention(
         # Select: score(u) = sum over heads of < mean of the block's far queries, representative of u >.
         far_reprs = rope.rotate(repr_keys, torch.zeros(num_heads, dtype=torch.int64))
         scores = torch.einsum("hd,uhd->u", q_far[:, s:e].mean(dim=1), far_reprs)
+        if config.rule and num_sealed:
+            sealed = slice(config.unit_start(0), config.unit_start(num_sealed))
+            keys = k[:, sealed].unflatten(1, (num_sealed, -1)).transpose(0, 1)
+            received = acc[:, sealed].unflatten(1, (num_sealed, -1)).transpose(0, 1)
+            scores = config.rule(q_far[:, s:e], keys, received, scale, config.repr_topk)
         selected = list(range(num_sealed)) if num_sealed <= config.topk else highest(scores, config.topk).tolist()
         records.append(BlockRecord(s, e, num_sealed, scores, selected))
 

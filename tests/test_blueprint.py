@@ -62,6 +62,8 @@ def test_doctor_says_what_the_engine_says(
     handler = logging.Handler()
     handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("vllm.vllm_infllm.worker.base")
+    monkeypatch.setattr(logger, "level", logging.INFO)  # the command has silenced vLLM in this process
+    logger._cache.clear()  # type: ignore[attr-defined]
     logger.addHandler(handler)
     try:
         with infllm_engine(model, infllm, max_model_len=20000, **engine) as llm:

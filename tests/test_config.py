@@ -42,12 +42,14 @@ def test_what_the_user_gives_is_used() -> None:
         "n_local": 1024,
         "topk": 8,
         "repr_topk": 2,
+        "selection": "peak",
         "exc_block_size": 256,
         "max_cached_blocks": 32,
         "cache_strategy": "lru-s",
         "score_decay": 0.5,
         "host_memory_gib": 3.5,
         "ops": "reference",
+        "local_attention": "xformers",
     }
     assert resolve(given, 64, PLENTY).model_dump() == {**given, "block_size": 64}
 

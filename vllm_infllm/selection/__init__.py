@@ -7,22 +7,14 @@ of a unit when it is sealed, its *summary*, and scores the summaries of all unit
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 
 from vllm_infllm.selection import rules
+from vllm_infllm.selection.rules import UnitShape
 
-RuleName = Literal["mean", "best", "average", "bounds", "zscore", "peak"]
-
-
-class UnitShape(NamedTuple):
-    """Sizes of a unit in one layer: query heads, kv heads, tokens, representative tokens."""
-
-    heads: int
-    kv_heads: int
-    block_size: int
-    repr_topk: int
+RuleName = Literal["mean", "best", "average", "bounds", "zscore", "peak", "peak-repr"]
 
 
 @dataclass(frozen=True)
@@ -30,14 +22,14 @@ class Rule:
     """A selection rule other than the paper's.
 
     num_vectors: V, the vectors of a summary.
-    summarize: (keys [B, KH, D] un-rotated, received [H, B], repr_topk) to the summary [V, D]; float32.
-    score: (far queries [T, H, D] of an execution block, summaries [U, V, D], scale of the logits) to [U]; float32. The
-        units with the highest scores are retrieved, on equal scores the lower one.
+    summarize: (keys [B, KH, D] un-rotated, received [H, B], sizes) to the summary [V, D]; float32.
+    score: (far queries [T, H, D] of an execution block, summaries [U, V, D], sizes, scale of the logits) to [U];
+        float32. The units with the highest scores are retrieved, on equal scores the lower one.
     """
 
     num_vectors: Callable[[UnitShape], int]
-    summarize: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
-    score: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+    summarize: Callable[[torch.Tensor, torch.Tensor, UnitShape], torch.Tensor]
+    score: Callable[[torch.Tensor, torch.Tensor, UnitShape, float], torch.Tensor]
 
 
 RULES: dict[RuleName, Rule] = {
@@ -45,7 +37,8 @@ RULES: dict[RuleName, Rule] = {
     "average": Rule(lambda unit: unit.kv_heads, rules.average_key, rules.average),
     "bounds": Rule(lambda unit: 2 * unit.kv_heads, rules.least_and_greatest, rules.bounds),
     "zscore": Rule(lambda unit: unit.heads * unit.repr_topk, rules.representatives, rules.zscore),
-    "peak": Rule(lambda unit: unit.heads * unit.repr_topk, rules.representatives, rules.peak),
+    "peak": Rule(lambda unit: unit.kv_heads * unit.block_size, rules.all_keys, rules.peak),
+    "peak-repr": Rule(lambda unit: unit.heads * unit.repr_topk, rules.representatives, rules.peak_of_representatives),
 }
 assert {"mean", *RULES} == set(get_args(RuleName))
 

@@ -18,6 +18,7 @@ from vllm_infllm.attention.backend import InfLLMImpl
 from vllm_infllm.config import KEY, ConfigError, InfLLMConfig
 from vllm_infllm.memory.manager import InfLLMSpec
 from vllm_infllm.memory.plan import MemoryPlan, MemorySizes, make_plan
+from vllm_infllm.selection.rules import UnitShape
 
 logger = init_logger(f"vllm.{__name__}")
 ROPES = "vllm.model_executor.layers.rotary_embedding"
@@ -183,7 +184,7 @@ def _sizes(specs: dict[str, KVCacheSpec], impls: dict[str, InfLLMImpl], vllm_con
 def _vectors(impl: InfLLMImpl) -> int:
     """Vectors [D] kept of a unit in a layer: its representatives, and its summary by another selection rule."""
     rule, config = selection.load(impl.config.selection), impl.config
-    shape = selection.UnitShape(impl.num_heads, impl.num_kv_heads, config.block_size, config.repr_topk)
+    shape = UnitShape(impl.num_heads, impl.num_kv_heads, config.block_size, config.repr_topk)
     return impl.num_heads + (rule.num_vectors(shape) if rule else 0)
 
 

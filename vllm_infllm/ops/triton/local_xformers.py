@@ -77,7 +77,7 @@ def pages_of_block(cache: torch.Tensor) -> int:
     """From one block's first page to the next block's."""
     page = cache.shape[2] * cache.shape[3] // 2
     if cache.stride()[1:] != (2 * page, cache.shape[3], 1) or cache.stride(0) % page:
-        raise ValueError(f"a paged cache with strides {cache.stride()} cannot be read in pages of {page} values")
+        raise AssertionError(f"a paged cache with strides {cache.stride()}, in pages of {page} values")
     return cache.stride(0) // page
 
 
