@@ -77,8 +77,8 @@ def zscore(query: torch.Tensor, summaries: torch.Tensor, unit: UnitShape, scale:
 def peak(query: torch.Tensor, summaries: torch.Tensor, unit: UnitShape, scale: float) -> torch.Tensor:
     """The largest share of attention that any head of any query would give to the unit, if all units were attended to.
 
-    As log-odds, which tell shares near 1 apart. A head that looks for one thing in the text has a high peak where it is; summed over heads, as in
-    the paper, it drowns in heads that look for nothing in particular.
+    As log-odds, which tell shares near 1 apart. A head that looks for one thing in the text has a high peak where it
+    is; summed over heads, as in the paper, it drowns in heads that look for nothing in particular.
     """
     return _peak(query, summaries.unflatten(1, (unit.kv_heads, -1)), scale)
 

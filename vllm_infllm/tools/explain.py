@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     answer = _ask(Job(engine, prompt, args.max_tokens), console)
     trace = Trace.from_json(answer["trace"])
     heatmap.draw(trace, len(prompt), args.output)
-    console.print(Text(f"answer: {answer['text']}"))
+    console.print(Text(f"answer: {answer['text'].strip()}"))
     units = trace.sealed_units(trace.blocks[-1])
     console.print(f"{args.output}: {len(trace.blocks)} execution blocks, {units} units, {len(trace.layers)} layers")
     console.print(most_retrieved(trace, [*prompt, *answer["token_ids"]], tokenizer, args.most))
