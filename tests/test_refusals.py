@@ -76,6 +76,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         ["--block-size 24", "multiple of 16", 'ops="reference"'],
     ),
     "operations of a GPU": ({"ops": "triton"}, {}, ["ops='triton'", "needs a GPU", "remove it"]),
+    "number of blocks": (
+        {},
+        {"num_gpu_blocks_override": 9},
+        ["--num-gpu-blocks-override 9", "--kv-cache-memory-bytes"],
+    ),
     "automatic length": ({}, {"max_model_len": -1}, ["--max-model-len auto", "give a number"]),
 }
 

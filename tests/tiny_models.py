@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 import transformers
 
@@ -58,6 +59,22 @@ def make(family: str, folder: Path, **overrides: Any) -> str:
     model = getattr(transformers, f"{name}ForCausalLM")(config)
     model.save_pretrained(folder)
     return str(folder)
+
+
+def make_with_tokenizer(folder: Path, **overrides: Any) -> str:
+    """A tiny Llama for servers: its tokenizer has a token for each byte, its chat template joins the messages."""
+    special = ["<s>", "</s>", "<pad>"]
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*special, *alphabet])}
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token=special[0], eos_token=special[1], pad_token=special[2]
+    )
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    return make("llama", folder, vocab_size=len(vocabulary), **overrides)
 
 
 def tokens(count: int, seed: int = 0) -> list[int]:

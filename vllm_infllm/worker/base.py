@@ -87,7 +87,7 @@ class InfLLMWorker:
         config = InfLLMConfig(**self.vllm_config.additional_config[KEY])
         for name in impls:
             specs[name] = InfLLMSpec.of(specs[name], config)
-        self.sizes = _sizes(specs, impls, self.vllm_config)
+        self.sizes = memory_sizes(specs, impls, self.vllm_config)
         self.plan = make_plan(
             config,
             self.sizes,
@@ -140,7 +140,8 @@ def _check_layers(specs: dict[str, KVCacheSpec], impls: dict[str, InfLLMImpl], v
             )
 
 
-def _sizes(specs: dict[str, KVCacheSpec], impls: dict[str, InfLLMImpl], vllm_config: VllmConfig) -> MemorySizes:
+def memory_sizes(specs: dict[str, KVCacheSpec], impls: dict[str, InfLLMImpl], vllm_config: VllmConfig) -> MemorySizes:
+    """What one request needs; `specs` of all layers, `impls` of those that run InfLLM."""
     ours = [(specs[name], impl) for name, impl in impls.items()]
     in_flight, max_len = vllm_config.max_in_flight_tokens, vllm_config.model_config.max_model_len
     blocks = max(spec.max_admission_blocks_per_request(in_flight, max_len) for spec, _ in ours)

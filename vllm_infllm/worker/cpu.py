@@ -7,6 +7,7 @@ from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vllm_infllm.memory.host import within_limits
 from vllm_infllm.worker.base import InfLLMWorker
 
 
@@ -26,7 +27,7 @@ class InfLLMCPUWorker(InfLLMWorker, CPUWorker):
     def _host_memory(self) -> tuple[int, int]:
         # vLLM binds the worker to the memory node of its first core; limits of a container are taken into account.
         node = get_memory_node_info(get_allowed_cpu_list()[0].numa_node)
-        return node.total_memory, node.available_memory
+        return within_limits(node.total_memory, node.available_memory)
 
     def _user_paged_bytes(self) -> int | None:
         return self._given_paged_bytes

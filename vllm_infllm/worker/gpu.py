@@ -1,9 +1,9 @@
 """The worker on CUDA."""
 
 import psutil
-from vllm.utils.cpu_resource_utils import get_cgroup_memory_limit, get_cgroup_memory_usage
 from vllm.v1.worker.gpu_worker import Worker
 
+from vllm_infllm.memory.host import within_limits
 from vllm_infllm.worker.base import InfLLMWorker
 
 
@@ -14,9 +14,7 @@ class InfLLMGPUWorker(InfLLMWorker, Worker):
 
     def _host_memory(self) -> tuple[int, int]:
         memory = psutil.virtual_memory()
-        limit = get_cgroup_memory_limit() or memory.total
-        free = limit - (get_cgroup_memory_usage() or 0)
-        return min(memory.total, limit), max(0, min(memory.available, free))
+        return within_limits(memory.total, memory.available)
 
     def determine_available_memory(self) -> int:
         left = super().determine_available_memory() - self.plan.num_units * self.sizes.representative
