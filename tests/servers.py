@@ -1,7 +1,8 @@
-"""`vllm serve` for tests: a process of its own, with all its descendants, log, shared memory and temporary files in sight."""
+"""`vllm serve` for tests: with all its processes, its log, shared memory and temporary files in sight."""
 
 import contextlib
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -60,10 +61,11 @@ class Server:
         self.wait_for(self._is_up, START_SECONDS)
 
     def _is_up(self) -> bool:
-        with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
+        try:
             with urllib.request.urlopen(f"{self.url}/health", timeout=5):
                 return True
-        return False
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            return False
 
     def wait_for_line(self, word: str, seconds: float = START_SECONDS) -> None:
         self.wait_for(lambda: bool(self.lines(word)), seconds)
@@ -86,9 +88,19 @@ class Server:
 
 @contextlib.contextmanager
 def serve(
-    model: str, folder: Path, *flags: str, backend: str | None = "infllm", wait: bool = True, **env: str
+    model: str,
+    folder: Path,
+    *flags: str,
+    backend: str | None = "infllm",
+    wait: bool = True,
+    limit: int = resource.RLIM_INFINITY,
 ) -> Iterator[Server]:
-    """Start `vllm serve`, with log and temporary files in `folder`; whatever is left of it at the end is killed."""
+    """Start `vllm serve`, its log in `folder`; whatever is left of it at the end is killed.
+
+    backend: attention backend; None for vLLM's own.
+    wait: until it answers; otherwise it is only starting.
+    limit: address space of each of its processes, in bytes.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -104,8 +116,9 @@ def serve(
             [*command, "--attention-backend", backend] if backend else command,
             stdout=out,
             stderr=subprocess.STDOUT,
-            env={**inherited, **own, **env},
+            env={**inherited, **own},
             start_new_session=True,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
         )
     server = Server(process, port, log, temporary)
     try:

@@ -51,9 +51,8 @@ def test_answers_beside_others_are_those_given_alone(server: Server) -> None:
         return "".join([chunk.choices[0].text async for chunk in stream])
 
     async def ask() -> tuple[list[str], list[str]]:
-        async with openai.AsyncOpenAI(
-            base_url=f"{server.url}/v1", api_key="none", timeout=1200, max_retries=0
-        ) as client:
+        url = f"{server.url}/v1"
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", timeout=1200, max_retries=0) as client:
             together = await asyncio.gather(*(complete(client, prompt) for prompt in prompts))
             alone = [await complete(client, prompt) for prompt in prompts]
         return together, alone

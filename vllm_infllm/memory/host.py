@@ -1,8 +1,8 @@
 """How much host memory this process may use: limits that vLLM does not look at.
 
-vLLM reads the machine's memory and the limit of a container, which lies at the root of the control groups that are seen from
-inside. A service manager or a batch system sets it on a group further down, a shell by `ulimit -v`; who overlooks it is killed
-when the memory is filled.
+vLLM reads the machine's memory and the limit of a container, which lies at the root of the control groups that are seen
+from inside. A service manager or a batch system sets it on a group further down, a shell by `ulimit -v`; who overlooks
+it is killed when the memory is filled.
 """
 
 import resource

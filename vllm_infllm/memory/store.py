@@ -54,7 +54,7 @@ class LayerMemory:
         except (OSError, RuntimeError) as error:  # no address space, no memory that can be pinned
             units = 2 * math.prod(unit_shape) * dtype.itemsize
             raise ConfigError(
-                f"Host memory for {num_units} units, {units / GIB:.2f} GiB a layer, cannot be had ({error}): set or lower "
-                f'--additional-config "{KEY}": host_memory_gib, lower --max-model-len or --max-num-seqs, or raise the '
-                "limits of the process (ulimit -v, ulimit -l, vm.overcommit_memory)."
+                f"Host memory for {num_units} units, {units / GIB:.2f} GiB a layer, cannot be had ({error}): "
+                f'set or lower --additional-config "{KEY}": host_memory_gib, lower --max-model-len or --max-num-seqs, '
+                "or raise the limits of the process (ulimit -v, ulimit -l, vm.overcommit_memory)."
             ) from error
