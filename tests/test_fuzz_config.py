@@ -6,27 +6,16 @@ scheduler. Only the model is missing, whose answers are made up.
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from vllm import SamplingParams
-from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
-from vllm.v1.core.kv_cache_utils import generate_scheduler_kv_cache_config, get_kv_cache_configs
-from vllm.v1.kv_cache_interface import FullAttentionSpec
-from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request
-from vllm.v1.structured_output import StructuredOutputManager
 
 from tests import tiny_models
-from vllm_infllm.config import KEY, ConfigError, InfLLMConfig
-from vllm_infllm.memory.manager import InfLLMSpec
-from vllm_infllm.memory.plan import GIB, make_plan
-from vllm_infllm.worker.base import memory_sizes
+from tests.schedulers import answer, assert_all_returned, build, request
+from vllm_infllm.config import KEY, ConfigError
 
 TRAINED = 4096
 ABSURD: list[Any] = [0, -1, 1, 1 << 40, 1 << 64, 0.5, float("nan"), float("inf"), "", "many", None, True, [], {"a": 1}]
@@ -99,46 +88,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     yield tiny_models.make("llama", tmp_path_factory.mktemp("llama"), max_position_embeddings=TRAINED)
 
 
-def build(model: str, fields: dict[str, Any], flags: dict[str, Any]) -> Any:
-    """The scheduler of an engine with this configuration, on a machine with 20 of 24 GiB of memory free."""
-    args = EngineArgs(
-        model, attention_backend="infllm", additional_config={KEY: fields}, skip_tokenizer_init=True, **flags
-    )
-    vllm_config = args.create_engine_config()
-    config = InfLLMConfig(**vllm_config.additional_config[KEY])
-    cache, heads = vllm_config.cache_config, vllm_config.model_config
-    full = FullAttentionSpec(
-        block_size=cache.block_size,
-        num_kv_heads=tiny_models.COMMON["num_key_value_heads"],
-        head_size=heads.get_head_size(),
-        dtype=heads.dtype,
-    )
-    impl = SimpleNamespace(num_heads=tiny_models.COMMON["num_attention_heads"], head_size=heads.get_head_size())
-    specs = {f"layers.{i}": InfLLMSpec.of(full, config) for i in range(2)}
-    needed = memory_sizes(specs, dict.fromkeys(specs, impl), vllm_config)
-    plan = make_plan(
-        config,
-        needed,
-        vllm_config.scheduler_config.max_num_seqs,
-        heads.max_model_len,
-        24 * GIB,
-        20 * GIB,
-        cache.kv_cache_memory_bytes,
-        shares_host_memory=True,
-    )
-    planned = {name: replace(spec, num_units=plan.num_units) for name, spec in specs.items()}
-    cache.kv_cache_layout = "LBHNC"
-    kv_cache = generate_scheduler_kv_cache_config(get_kv_cache_configs(vllm_config, [planned], [plan.paged_bytes]))
-    cache.num_gpu_blocks = kv_cache.num_blocks
-    return vllm_config.scheduler_config.get_scheduler_cls()(
-        vllm_config=vllm_config,
-        kv_cache_config=kv_cache,
-        structured_output_manager=StructuredOutputManager(vllm_config),
-        block_size=cache.block_size,
-        hash_block_size=cache.block_size,
-    )
-
-
 def refusal(model: str, fields: dict[str, Any], flags: dict[str, Any]) -> str | None:
     """Why it does not start; None if it does, and then three requests are finished."""
     try:
@@ -153,26 +102,18 @@ def refusal(model: str, fields: dict[str, Any], flags: dict[str, Any]) -> str | 
     return None
 
 
-def finish_requests(scheduler: Any, answer_len: int = 3) -> None:
+def finish_requests(scheduler: Any) -> None:
     """One as long as can be (3,000 tokens at most) and two short ones: each step makes progress, all is given back."""
     longest = min(scheduler.max_model_len - 1, 3000)
     for number, length in enumerate([longest, 1, max(1, longest // 2)]):
-        params = SamplingParams(max_tokens=answer_len, ignore_eos=True)
-        params.update_from_generation_config({}, eos_token_id=1)
-        scheduler.add_request(Request(str(number), [5] * length, params, None))
-    manager = scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+        scheduler.add_request(request(str(number), length, max_tokens=3))
     idle = 0
     while scheduler.has_unfinished_requests():
         output = scheduler.schedule()
         idle = 0 if output.total_num_scheduled_tokens else idle + 1
         assert idle < 10, "requests wait for ever"
-        ids = list(output.num_scheduled_tokens)
-        done = [scheduler.requests[i].num_computed_tokens >= scheduler.requests[i].num_tokens for i in ids]
-        sampled = [[5] if each else [] for each in done]
-        scheduler.update_from_output(output, ModelRunnerOutput(ids, {i: n for n, i in enumerate(ids)}, sampled))
-    manager.pool.check_integrity()
-    assert manager.pool.num_free == manager.pool.num_units
-    assert manager.block_pool.get_num_free_blocks() == manager.block_pool.num_gpu_blocks - 1
+        scheduler.update_from_output(output, answer(scheduler, output))
+    assert_all_returned(scheduler)
 
 
 def names(message: str, given: dict[str, Any]) -> bool:
