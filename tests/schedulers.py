@@ -68,10 +68,10 @@ def infllm_manager(scheduler: Any) -> InfLLMManager:
     return manager
 
 
-def request(request_id: str, length: int, max_tokens: int) -> Request:
+def request(request_id: str, length: int, max_tokens: int, priority: int = 0) -> Request:
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
     params.update_from_generation_config({}, eos_token_id=1)
-    return Request(request_id, [5] * length, params, None)
+    return Request(request_id, [5] * length, params, None, priority=priority)
 
 
 def answer(scheduler: Any, output: Any) -> ModelRunnerOutput:

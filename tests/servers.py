@@ -31,6 +31,7 @@ class Server:
     """
 
     process: subprocess.Popen[bytes]
+    model: str
     port: int
     log: Path
     temporary: Path
@@ -120,7 +121,7 @@ def serve(
             start_new_session=True,
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
         )
-    server = Server(process, port, log, temporary)
+    server = Server(process, model, port, log, temporary)
     try:
         if wait:
             server.wait_until_up()

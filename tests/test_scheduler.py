@@ -34,8 +34,8 @@ class Engine:
         self.scheduler = build(llama, FIELDS, {**FLAGS, **flags}, units)
         self.manager, self.table, self.preemptions = infllm_manager(self.scheduler), RequestTable(), 0
 
-    def add(self, request_id: str, length: int, max_tokens: int) -> None:
-        self.scheduler.add_request(request(request_id, length, max_tokens))
+    def add(self, request_id: str, length: int, max_tokens: int, priority: int = 0) -> None:
+        self.scheduler.add_request(request(request_id, length, max_tokens, priority))
 
     def abort(self, request_id: str) -> None:
         self.scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
@@ -91,7 +91,7 @@ def test_nothing_leaks_whenever_requests_end(
     engine, scheduled = Engine(llama, units, scheduling_policy=policy), False
     for number, (what, a, b) in enumerate(history):
         if what == "add":
-            engine.add(str(number), a, min(b, 1023 - a))
+            engine.add(str(number), a, min(b, 1023 - a), priority=b % 4)
         elif what == "abort":
             engine.abort(list(engine.scheduler.requests)[a]) if a < len(engine.scheduler.requests) else None
         elif scheduled:
@@ -165,4 +165,21 @@ def test_the_shortest_answers(llama: str) -> None:
     engine = Engine(llama, UNITS)
     for length in (1, 127, 128, 129, 159, 160, 161, 1023):
         engine.add(str(length), length, 1)
+    engine.drain()
+
+
+def test_preempted_in_the_step_that_gave_it_units(llama: str) -> None:
+    """A more important request takes the units of one that the same step has served already: the worker must not be
+    told of units that are gone."""
+    engine = Engine(llama, UNITS, scheduling_policy="priority")
+    engine.add("less", 400, 600, priority=1)
+    engine.schedule()
+    engine.finish_step()
+    engine.add("more", 400, 600, priority=0)
+    told_of_both = 0
+    while not engine.preemptions:
+        engine.schedule()
+        told_of_both += len(engine.output.num_scheduled_tokens) == 2
+        engine.finish_step()
+    assert told_of_both and list(engine.manager.units) == ["more"]
     engine.drain()
