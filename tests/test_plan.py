@@ -210,6 +210,14 @@ def test_no_memory_at_all_is_no_negative_pool() -> None:
     assert gib(refusal(free=GIB), r"pool has ([-\d.]+) GiB") == 0.0
 
 
+@pytest.mark.parametrize("given", [0, 1, SIZES.paged_request])
+def test_too_small_a_given_paged_cache_is_named(given: int) -> None:
+    """It holds no request, or no null block beside it; the message says how much would do, and that does."""
+    message = refusal(paged_bytes=given)
+    assert f"--kv-cache-memory-bytes {given} " in message and "--max-model-len 32768" in message
+    assert plan(paged_bytes=int(gib(message, r"needs (\d+)"))).paged_bytes
+
+
 def test_paged_cache_too_large_to_leave_a_pool_is_named() -> None:
     """When the given paged cache leaves too little, lowering its size is a way out, and the message says so."""
     message = refusal(paged_bytes=15 * GIB)

@@ -82,6 +82,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         ["local_attention='xformers'", "needs ops='triton'", "'cpu'", "remove it"],
     ),
     "xformers, mistyped": ({"local_attention": "xformer"}, {}, ["local_attention='xformer'", "'xformers'"]),
+    "number of blocks": (
+        {},
+        {"num_gpu_blocks_override": 9},
+        ["--num-gpu-blocks-override 9", "--kv-cache-memory-bytes"],
+    ),
     "automatic length": ({}, {"max_model_len": -1}, ["--max-model-len auto", "give a number"]),
 }
 

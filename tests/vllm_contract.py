@@ -79,7 +79,7 @@ vllm.engine.arg_utils:EngineArgs -- completed and checked; the demo sets the sec
     overrides create_engine_config(self, ...)
     overrides create_model_config(self)
     has attention_backend attention_config kv_transfer_config kv_offloading_size speculative_config worker_cls
-        scheduler_cls block_size enable_prefix_caching max_model_len additional_config
+        scheduler_cls block_size enable_prefix_caching max_model_len additional_config num_gpu_blocks_override
     has model max_num_seqs max_num_batched_tokens enforce_eager kv_cache_memory_bytes disable_log_stats
 vllm.engine.arg_utils:EngineArgs.__post_init__ -- our wrappers are in place before they are needed
     does load_general_plugins
@@ -306,8 +306,6 @@ vllm.utils.cpu_resource_utils:MemoryNodeInfo -- worker/cpu.py
 vllm.utils.cpu_resource_utils:get_allowed_cpu_list -- worker/cpu.py: the first core tells the memory node
 vllm.utils.cpu_resource_utils:LogicalCPUInfo -- worker/cpu.py
     has numa_node
-vllm.utils.cpu_resource_utils:get_cgroup_memory_limit -- worker/gpu.py
-vllm.utils.cpu_resource_utils:get_cgroup_memory_usage -- worker/gpu.py
 vllm.v1.engine.core:EngineCore._initialize_kv_caches -- specs, with which the plan is made, before memory
     does self.model_executor.get_kv_cache_specs, self.model_executor.determine_available_memory
 vllm.v1.worker.gpu_model_runner:GPUModelRunner -- V1

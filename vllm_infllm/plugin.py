@@ -178,6 +178,11 @@ def _check_args(args: "EngineArgs") -> None:
             "--speculative-config is not supported with --attention-backend infllm: "
             f"remove it (it is {args.speculative_config})."
         )
+    if args.num_gpu_blocks_override is not None:
+        raise ConfigError(
+            f"--num-gpu-blocks-override {args.num_gpu_blocks_override} cannot be used with --attention-backend infllm, "
+            "whose memory plan would not know of it: set --kv-cache-memory-bytes instead."
+        )
     for name, flag in (("worker_cls", "--worker-cls"), ("scheduler_cls", "--scheduler-cls")):
         value = getattr(args, name)
         own = "vllm_infllm." in str(value)

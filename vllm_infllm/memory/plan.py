@@ -77,6 +77,7 @@ def make_plan(
             wanted = (max_num_seqs + 1) * sizes.paged_request
             paged_bytes = max(2 * sizes.paged_request, min(wanted, int(budget * PAGED_SHARE / overhead)))
         else:
+            _check_paged(paged_bytes, sizes, max_model_len)
             remedy = f"lower --kv-cache-memory-bytes {paged_bytes}"
         budget -= int(paged_bytes * overhead)
         left -= int(paged_bytes * overhead)
@@ -95,3 +96,13 @@ def make_plan(
             f"the pool has {have:.2f} GiB: {need - have:.2f} GiB are missing. Lower --max-model-len or {remedy}."
         )
     return MemoryPlan(sizes.blocks_per_request, num_units, unit_bytes, paged_bytes)
+
+
+def _check_paged(given: int, sizes: MemorySizes, max_model_len: int) -> None:
+    """A paged cache of a given size must hold one request at its bound, and the null block that vLLM keeps back."""
+    need = sizes.paged_request + sizes.paged_request // sizes.blocks_per_request
+    if given < need:
+        raise ConfigError(
+            f"--kv-cache-memory-bytes {given} holds no request of --max-model-len {max_model_len}, which needs {need}: "
+            "raise it, or leave it out."
+        )

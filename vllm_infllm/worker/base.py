@@ -89,7 +89,7 @@ class ModelLayers:
         _check_layers(specs, impls, vllm_config)
         config = InfLLMConfig(**vllm_config.additional_config[KEY])
         specs = {name: InfLLMSpec.of(spec, config) if name in impls else spec for name, spec in specs.items()}
-        return cls(vllm_config, config, specs, _sizes(specs, impls, vllm_config))
+        return cls(vllm_config, config, specs, memory_sizes(specs, impls, vllm_config))
 
     def plan(
         self, total_memory: int, free_memory: int, paged_bytes: int | None, shares_host_memory: bool
@@ -168,7 +168,8 @@ def _check_layers(specs: dict[str, KVCacheSpec], impls: dict[str, InfLLMImpl], v
             )
 
 
-def _sizes(specs: dict[str, KVCacheSpec], impls: dict[str, InfLLMImpl], vllm_config: VllmConfig) -> MemorySizes:
+def memory_sizes(specs: dict[str, KVCacheSpec], impls: dict[str, InfLLMImpl], vllm_config: VllmConfig) -> MemorySizes:
+    """What one request needs; `specs` of all layers, `impls` of those that run InfLLM."""
     ours = [(specs[name], impl) for name, impl in impls.items()]
     in_flight, max_len = vllm_config.max_in_flight_tokens, vllm_config.model_config.max_model_len
     blocks = max(spec.max_admission_blocks_per_request(in_flight, max_len) for spec, _ in ours)

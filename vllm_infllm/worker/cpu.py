@@ -7,6 +7,7 @@ from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vllm_infllm.memory.host import within_limits
 from vllm_infllm.worker.base import InfLLMWorker
 
 
@@ -14,7 +15,7 @@ def host_memory() -> tuple[int, int]:
     """Bytes of host memory that a worker may use: all, and what is free."""
     # vLLM binds the worker to the memory node of its first core; limits of a container are taken into account.
     node = get_memory_node_info(get_allowed_cpu_list()[0].numa_node)
-    return node.total_memory, node.available_memory
+    return within_limits(node.total_memory, node.available_memory)
 
 
 class InfLLMCPUWorker(InfLLMWorker, CPUWorker):

@@ -1,18 +1,16 @@
 """The worker on CUDA."""
 
 import psutil
-from vllm.utils.cpu_resource_utils import get_cgroup_memory_limit, get_cgroup_memory_usage
 from vllm.v1.worker.gpu_worker import Worker
 
+from vllm_infllm.memory.host import within_limits
 from vllm_infllm.worker.base import InfLLMWorker
 
 
 def host_memory() -> tuple[int, int]:
     """Bytes of host memory that a worker may use: all, and what is free."""
     memory = psutil.virtual_memory()
-    limit = get_cgroup_memory_limit() or memory.total
-    free = limit - (get_cgroup_memory_usage() or 0)
-    return min(memory.total, limit), max(0, min(memory.available, free))
+    return within_limits(memory.total, memory.available)
 
 
 class InfLLMGPUWorker(InfLLMWorker, Worker):
