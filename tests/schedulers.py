@@ -36,7 +36,12 @@ def build(model: str, fields: dict[str, Any], flags: dict[str, Any], units: int 
         head_size=heads.get_head_size(),
         dtype=heads.dtype,
     )
-    impl = SimpleNamespace(num_heads=tiny_models.COMMON["num_attention_heads"], head_size=heads.get_head_size())
+    impl = SimpleNamespace(
+        num_heads=tiny_models.COMMON["num_attention_heads"],
+        num_kv_heads=full.num_kv_heads,
+        head_size=full.head_size,
+        config=config,
+    )
     specs = {f"layers.{i}": InfLLMSpec.of(full, config) for i in range(2)}
     needed = memory_sizes(specs, dict.fromkeys(specs, impl), vllm_config)
     plan = make_plan(

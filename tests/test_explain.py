@@ -52,7 +52,7 @@ def test_a_prompt_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str
     """A tiny model over 1,200 tokens: a picture, the answer, and units whose words stand in the file."""
     model = tiny_models.make("llama", tmp_path)
     tiny_models.add_tokenizer(tmp_path)
-    words = [f"t{token}" for token in tiny_models.tokens(1200)]
+    words = [f"t{token:03}" for token in tiny_models.tokens(1200)]
     (tmp_path / "prompt.txt").write_text(" ".join(words))
     picture = tmp_path / "picture.png"
     monkeypatch.setattr(explain, "Console", lambda: Console(width=4000))

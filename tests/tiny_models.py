@@ -61,12 +61,12 @@ def make(family: str, folder: Path, **overrides: Any) -> str:
 
 
 def add_tokenizer(folder: Path) -> None:
-    """Words t0 .. t255, each a token of that number, separated by blanks."""
+    """Words t000 .. t255, each a token of that number, separated by blanks."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t2"))
+    words = Tokenizer(models.WordLevel({f"t{i:03}": i for i in range(VOCAB)}, unk_token="t002"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"bos_token": "t0", "eos_token": "t1", "pad_token": "t2"}
+    special = {"bos_token": "t000", "eos_token": "t001", "pad_token": "t002"}
     transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
 
 

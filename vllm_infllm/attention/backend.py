@@ -57,7 +57,7 @@ class InfLLMImpl(AttentionImpl[InfLLMMetadata]):
     rope: RotaryTable
     residency: Residency | None
     """If max_cached_blocks is set: which unit is in which slot."""
-    selection: LayerSelection | None
+    selection: LayerSelection | None = None
     """If another selection rule than the paper's is set."""
     number: int
     """Of the layer among those that run InfLLM, in the order of the model."""
