@@ -9,8 +9,8 @@ All queries see all of their tokens, so the mask has no borders but those betwee
 mask with a window.) attend_prefill does the rest, and begins its softmax with what is found here: a merge by
 log-sum-exp.
 
-Of the paged operators of xformers 0.0.35, this calls FlashAttention 3. The FlashAttention 2 in torch takes no paged masks,
-and triton_splitk wants block pointers, which the Triton that vLLM 0.32 comes with (3.9) has no more.
+Of the paged operators of xformers 0.0.35, this calls FlashAttention 3. The FlashAttention 2 in torch takes no paged
+masks, and triton_splitk wants block pointers, which the Triton that vLLM 0.32 comes with (3.9) has no more.
 
 xformers wants keys and values [1, pages * page size, heads, D], with one stride from token to token. Here the keys of a
 head are together in a block, and its values follow: so a page is the keys of one head of a block, and the values are
