@@ -31,7 +31,13 @@ def doctor(model: str, *options: str) -> int:
 @pytest.mark.parametrize(
     ("family", "options", "engine", "infllm"),
     [
-        ("llama", ["--max-num-seqs", "3"], {"max_num_seqs": 3}, {"host_memory_gib": None}),
+        (
+            # The doctor speaks of a server; offline vLLM's default token budget is another.
+            "llama",
+            ["--max-num-seqs", "3", "--max-num-batched-tokens", "2k"],
+            {"max_num_seqs": 3, "max_num_batched_tokens": 2048},
+            {"host_memory_gib": None},
+        ),
         (
             "gemma3",  # layers with sliding windows beside
             ["--max-num-seqs", "2", "--max-num-batched-tokens", "1k", "--kv-cache-memory-bytes", str(64 * MIB)],

@@ -64,17 +64,14 @@ def answer(llm: Any, prompt: list[int], max_tokens: int) -> Iterator[dict[str, A
     start, steps, peak = time.monotonic(), 0, 0
     llm.enqueue({"prompt_token_ids": prompt}, SamplingParams(temperature=0, max_tokens=max_tokens), use_tqdm=False)
     outputs: list[Any] = []
-    first = 0.0
     while llm.llm_engine.has_unfinished_requests():
         outputs = llm.llm_engine.step() or outputs
-        if outputs and not first:
-            first = time.monotonic() - start
         held = blocks_in_use(llm)
         # The engine also reports an idle step between two requests.
         steps += held > 0
         peak = max(peak, held)
         yield {"tokens": min(steps * chunk, len(prompt))}
-    completion = outputs[-1].outputs[0]
+    completion, first = outputs[-1].outputs[0], outputs[-1].metrics.first_token_latency
     yield asdict(Answer(completion.text, time.monotonic() - start, first, len(completion.token_ids), peak))
 
 
