@@ -3,7 +3,7 @@
 import contextlib
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,21 @@ def operations(llm: Any) -> set[str]:
     impls = [layer.impl for layer in layers if isinstance(getattr(layer, "impl", None), InfLLMImpl)]
     assert impls
     return {impl.ops.describe() for impl in impls}
+
+
+@contextlib.contextmanager
+def between_steps(llm: Any, check: Callable[[], None]) -> Iterator[None]:
+    """Call `check` whenever a step has been scheduled, before it runs."""
+    original = scheduler(llm).schedule
+
+    def schedule(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        check()
+        return output
+
+    scheduler(llm).schedule = schedule
+    yield
+    scheduler(llm).schedule = original
 
 
 def prompt_logprobs(llm: Any, prompts: list[list[int]]) -> list[torch.Tensor]:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import vllm_infllm
-from tests import tiny_models
+from tests import extensions, tiny_models
 from tests.test_refusals import engine_config
 from vllm_infllm.config import ConfigError
 
@@ -42,29 +41,19 @@ def test_no_torch() -> None:
     assert status == 1 and "install vLLM first, then `pip install --no-build-isolation vllm-infllm`" in printed
 
 
-def other_extension(monkeypatch: pytest.MonkeyPatch, extension: types.ModuleType | None) -> None:
-    """As if `extension` were installed, or none."""
-    monkeypatch.delitem(sys.modules, "vllm_infllm.ops.cpu", raising=False)
-    monkeypatch.delattr(vllm_infllm, "_cpu", raising=False)
-    monkeypatch.setitem(sys.modules, "vllm_infllm._cpu", extension)  # type: ignore[arg-type]
-
-
-def older() -> types.ModuleType:
-    extension = types.ModuleType("vllm_infllm._cpu")
-    extension.version = lambda: "0.0.1"  # type: ignore[attr-defined]
-    return extension
-
-
 @pytest.mark.parametrize(
     ("extension", "reason"),
-    [(None, "operations of vllm-infllm cannot be loaded"), (older(), "are those of vllm-infllm 0.0.1, and this is")],
+    [
+        (None, "operations of vllm-infllm cannot be loaded"),
+        (extensions.older("cpu"), "are those of vllm-infllm 0.0.1, and this is"),
+    ],
     ids=["missing", "mismatched"],
 )
 def test_unusable_extension_stops_startup(
     extension: types.ModuleType | None, reason: str, llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing runs on the slow operations unasked; asked for by name, they need no extension."""
-    other_extension(monkeypatch, extension)
+    extensions.replace(monkeypatch, "cpu", extension)
     with pytest.raises(ConfigError, match=reason) as refusal:
         engine_config(llama)
     assert "--no-build-isolation --force-reinstall" in str(refusal.value) and 'ops="reference"' in str(refusal.value)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests import tiny_models
-from tests.engines import greedy, infllm_engine, manager, prompt_logprobs, scheduler
+from tests.engines import between_steps, greedy, infllm_engine, manager, prompt_logprobs
 
 SIZES = {"n_init": 32, "n_local": 128, "topk": 3, "repr_topk": 2, "exc_block_size": 64}
 LENGTHS = [700, 33, 411, 128, 1000, 250]
@@ -26,8 +26,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
 def poisoned(llm: Any) -> Iterator[dict[str, int]]:
     """From now on: before a step runs, what no request holds in it becomes NaN, in every layer, once it is free.
 
-    Units (keys, values, representatives), paged blocks and the attention that their tokens received, the null block
-    too, and residency caches. Yields how many of each were overwritten.
+    Units (keys, values, representatives, summaries of a selection rule), paged blocks and the attention that their
+    tokens received, the null block too, and residency caches. Yields how many of each were overwritten.
     """
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
@@ -63,20 +63,13 @@ def poisoned(llm: Any) -> Iterator[dict[str, int]]:
             fill(kind, ids, [t for name, impl in impls.items() for t in tensors_of(impl, layers[name])])
         fill_caches()
 
-    original = scheduler(llm).schedule
-
-    def schedule(*args: Any, **kwargs: Any) -> Any:
-        output = original(*args, **kwargs)
-        fill_all()
-        return output
-
-    scheduler(llm).schedule = schedule
-    yield overwritten
-    scheduler(llm).schedule = original
+    with between_steps(llm, fill_all):
+        yield overwritten
 
 
 def _unit_tensors(impl: Any, layer: Any) -> list[torch.Tensor]:
-    return [impl.memory.keys, impl.memory.values, impl.memory.representatives]
+    summaries = [impl.selection.summaries] if impl.selection else []
+    return [impl.memory.keys, impl.memory.values, impl.memory.representatives, *summaries]
 
 
 def _block_tensors(impl: Any, layer: Any) -> list[torch.Tensor]:
@@ -97,11 +90,14 @@ def others(llm: Any) -> None:
         llm.llm_engine.step()
 
 
-@pytest.mark.parametrize(("slots", "strategy"), [(0, "lru"), (4, "lru"), (4, "lru-s")])
-def test_no_request_reads_what_another_left(llama: str, slots: int, strategy: str) -> None:
+@pytest.mark.parametrize(
+    ("slots", "strategy", "selection"),
+    [(0, "lru", "mean"), (0, "lru", "peak"), (4, "lru", "mean"), (4, "lru-s", "mean")],
+)
+def test_no_request_reads_what_another_left(llama: str, slots: int, strategy: str, selection: str) -> None:
     """Answers and log-probabilities beside and after others equal those of a fresh engine, to the last bit."""
     prompts = [tiny_models.tokens(length, seed=length) for length in LENGTHS]
-    config = {**SIZES, "max_cached_blocks": slots, "cache_strategy": strategy}
+    config = {**SIZES, "max_cached_blocks": slots, "cache_strategy": strategy, "selection": selection}
     sizes = {"block_size": 32, "max_model_len": 2048, "max_num_batched_tokens": 256, "max_num_seqs": 3}
     with infllm_engine(llama, config, **sizes) as llm:
         answers, logprobs = greedy(llm, prompts, max_tokens=30), prompt_logprobs(llm, prompts)

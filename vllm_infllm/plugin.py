@@ -4,9 +4,9 @@ Read in vLLM 0.32.0 and 0.33.0. vLLM calls `register` in every process it starts
 
 Public hooks used elsewhere: KVCacheSpecRegistry (memory/manager.py), KV connector (memory/connector.py),
 scheduler_cls (scheduler.py), worker_cls (worker/), AttentionBackend (attention/backend.py). What those files touch
-beyond the hook itself (the Mamba split in scheduler.py, the rotary modules in attention/rope.py, the block manager's
-helpers in memory/manager.py) says why where it stands; tests/vllm_contract.py lists every name and the file that
-needs it.
+beyond the hook itself (the Mamba split and the order of a step's outputs in scheduler.py, the rotary modules in
+attention/rope.py, the block manager's helpers in memory/manager.py) says why where it stands; tests/vllm_contract.py
+lists every name and the file that needs it, those of the tools too.
 """
 
 import functools

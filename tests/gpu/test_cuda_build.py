@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-import types
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +11,7 @@ from types import ModuleType
 import pytest
 
 import vllm_infllm
+from tests import extensions
 from tests.gpu import build_cuda
 from vllm_infllm.config import ConfigError
 from vllm_infllm.ops import load
@@ -19,21 +19,16 @@ from vllm_infllm.ops import load
 needs_nvcc = pytest.mark.skipif(build_cuda.nvcc["find"]() is None, reason="no nvcc")
 
 
-def older() -> ModuleType:
-    extension = types.ModuleType("vllm_infllm._cuda")
-    extension.version = lambda: "0.0.1"  # type: ignore[attr-defined]
-    return extension
-
-
 @pytest.mark.parametrize(
     ("extension", "reason"),
-    [(None, "operations of vllm-infllm cannot be loaded"), (older(), "are those of vllm-infllm 0.0.1, and this is")],
+    [
+        (None, "operations of vllm-infllm cannot be loaded"),
+        (extensions.older("cuda"), "are those of vllm-infllm 0.0.1, and this is"),
+    ],
     ids=["missing", "mismatched"],
 )
 def test_unusable_extension(extension: ModuleType | None, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "vllm_infllm.ops.cuda", raising=False)
-    monkeypatch.delattr(vllm_infllm, "_cuda", raising=False)
-    monkeypatch.setitem(sys.modules, "vllm_infllm._cuda", extension)  # type: ignore[arg-type]
+    extensions.replace(monkeypatch, "cuda", extension)
     with pytest.raises(ConfigError, match=reason) as refusal:
         load("cuda")  # type: ignore[arg-type]
     assert "with nvcc" in str(refusal.value) and "pip install .[cuda] --no-build-isolation" in str(refusal.value)

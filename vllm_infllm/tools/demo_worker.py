@@ -8,7 +8,7 @@ prompt, or `{"error": message}` before it fails. Everything that vLLM prints goe
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -36,8 +36,8 @@ class Answer:
     blocks: int
 
 
-def main() -> None:
-    """Run the job on standard input."""
+def main(run: Callable[[Job], Iterator[dict[str, Any]]]) -> None:
+    """Run the job on standard input, and write what `run` yields."""
     job = Job(**json.load(sys.stdin))
     with json_output() as write:
         for event in run(job):
@@ -86,4 +86,4 @@ def blocks_in_use(llm: Any) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    main(run)

@@ -21,7 +21,7 @@ from vllm_infllm.config import DEFAULT_BLOCK_SIZE, InfLLMConfig
 from vllm_infllm.memory.trace import Trace
 from vllm_infllm.plugin import unsupported_vllm
 from vllm_infllm.tools import CommandError
-from vllm_infllm.tools.explain_worker import Job
+from vllm_infllm.tools.demo_worker import Job
 from vllm_infllm.tools.model import demo_dtype, demo_model
 from vllm_infllm.tools.worker_process import json_lines
 
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         "attention_backend": "infllm",
         "additional_config": {"infllm": {"n_local": args.n_local, "topk": args.topk}},
     }
-    answer = _ask(Job(engine, prompt, args.max_tokens), console)
+    answer = _ask(Job(engine, [prompt], args.max_tokens), console)
     trace = Trace.from_json(answer["trace"])
     heatmap.draw(trace, len(prompt), args.output)
     console.print(Text(f"answer: {answer['text'].strip()}"))
@@ -136,7 +136,7 @@ def _ask(job: Job, console: Console) -> dict[str, Any]:
     answer: dict[str, Any] = {}
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("starting vLLM", total=len(job.prompt))
+        task = progress.add_task("starting vLLM", total=len(job.prompts[0]))
         for event in json_lines(WORKER, asdict(job), "explain", ENV):
             if "trace" in event:
                 answer = event
