@@ -168,18 +168,26 @@ def test_the_shortest_answers(llama: str) -> None:
     engine.drain()
 
 
-def test_preempted_in_the_step_that_gave_it_units(llama: str) -> None:
+def test_preempted_in_the_step_that_gave_it_units(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A more important request takes the units of one that the same step has served already: the worker must not be
-    told of units that are gone."""
-    engine = Engine(llama, UNITS, scheduling_policy="priority")
+    told of units that are gone. Lengths and pool are such that both need a unit in one step, and one is left."""
+    engine, given = Engine(llama, UNITS + 1, scheduling_policy="priority"), {}
+    allocate = engine.manager.allocate_new_blocks
+
+    def noting(request_id: str, *args: Any) -> Any:
+        before = len(engine.manager.units.get(request_id, ()))
+        blocks = allocate(request_id, *args)
+        given[request_id] = len(engine.manager.units[request_id]) - before
+        return blocks
+
+    monkeypatch.setattr(engine.manager, "allocate_new_blocks", noting)
     engine.add("less", 400, 600, priority=1)
     engine.schedule()
     engine.finish_step()
-    engine.add("more", 400, 600, priority=0)
-    told_of_both = 0
+    engine.add("more", 402, 600, priority=0)
     while not engine.preemptions:
+        given.clear()
         engine.schedule()
-        told_of_both += len(engine.output.num_scheduled_tokens) == 2
         engine.finish_step()
-    assert told_of_both and list(engine.manager.units) == ["more"]
+    assert given == {"less": 1, "more": 1} and list(engine.manager.units) == ["more"]
     engine.drain()
