@@ -26,11 +26,12 @@ from vllm_infllm.memory.trace import ARGUMENT, Trace
 from vllm_infllm.tools.eval.haystack import plays
 from vllm_infllm.tools.model import demo_dtype, demo_model
 from vllm_infllm.tools.passkey import FILLER, NEEDLE
+from vllm_infllm.tools.sides import engine_arguments
 from vllm_infllm.tools.tables import Table
 
 PAGE, SAMPLES = Path("docs/selection.md"), Path("docs/selection.json")
 TextName = Literal["grass", "plays", "manual"]
-N_LOCAL, TOPK, BLOCK_SIZE = 1024, 8, 128
+N_LOCAL, TOPK = 1024, 8
 QUESTION = "\nThe pass key is"
 ANSWER_TOKENS = 6
 RULES: tuple[selection.RuleName, ...] = get_args(selection.RuleName)
@@ -95,20 +96,11 @@ def table(samples: Sequence[Sample]) -> Table:
 
 def _start(max_model_len: int) -> Any:
     """An engine in this process, with host memory for the rule that keeps most."""
-    os.environ.update(ENV, VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR")
+    os.environ.update(ENV, VLLM_LOGGING_LEVEL="ERROR")
     from vllm import LLM
 
-    return LLM(
-        str(demo_model()),
-        dtype=demo_dtype(),
-        enforce_eager=True,
-        block_size=BLOCK_SIZE,
-        max_model_len=max_model_len,
-        max_num_seqs=1,
-        max_num_batched_tokens=2048,
-        attention_backend="infllm",
-        additional_config={"infllm": {"n_local": N_LOCAL, "topk": TOPK, "selection": "peak"}},
-    )
+    infllm = {"n_local": N_LOCAL, "topk": TOPK, "selection": "peak"}
+    return LLM(**engine_arguments("infllm", str(demo_model()), demo_dtype(), max_model_len, infllm))
 
 
 def _ask(engine: Any, rule: str, text: TextName, length: int, depth: float) -> Sample:

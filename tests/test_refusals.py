@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import transformers
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 
 from tests import tiny_models
 from tests.engines import infllm_engine
-from vllm_infllm.config import ConfigError
+from vllm_infllm import plugin
+from vllm_infllm.config import ConfigError, InfLLMConfig
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +205,31 @@ def test_the_command_line_prints_the_message_and_exits(llama: str) -> None:
     )
     assert run.returncode != 0
     assert 'n_locl=1024: unknown field. Did you mean "n_local"?' in run.stdout + run.stderr
+
+
+@pytest.mark.parametrize(
+    ("on_cpu", "fields", "parts"),
+    [
+        (True, {"ops": "triton"}, ["ops='triton' needs a GPU", "remove it"]),
+        (False, {"ops": "cpu"}, ["ops='cpu' needs the CPU platform", "a GPU of tomorrow", "remove it"]),
+        (
+            False,
+            {"selection": "peak"},
+            ["selection='peak' runs on the CPU platform only", "a GPU of tomorrow"],
+        ),
+    ],
+)
+def test_fields_of_another_platform(
+    on_cpu: bool, fields: dict[str, Any], parts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    platform = type(current_platform)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(platform, "is_cpu", lambda self: on_cpu)
+    monkeypatch.setattr(platform, "device_name", "a GPU of tomorrow")
+    with pytest.raises(ConfigError) as refusal:
+        plugin.check_selection(InfLLMConfig(**fields))
+        plugin.chosen_ops(InfLLMConfig(**fields))
+    assert all(part in str(refusal.value) for part in parts)
 
 
 def test_too_little_memory_stops_the_server(llama: str) -> None:

@@ -234,6 +234,7 @@ def _resolve_config(args: "EngineArgs", model_config: "ModelConfig") -> None:
     if isinstance(user, _Resolved):
         return
     config = resolve(user, args.block_size or DEFAULT_BLOCK_SIZE, model_config.max_model_len)
+    check_selection(config)
     shrunk = explain_shrinking(config, user)
     if shrunk:
         init_logger(f"vllm.{__name__}").info(
@@ -257,12 +258,18 @@ def chosen_ops(config: InfLLMConfig) -> ops.OpsName:
             f"--additional-config \"{KEY}\": ops='triton' needs a GPU, and this is the CPU platform: remove it. (To "
             "test the kernels in Triton's interpreter set TRITON_INTERPRET=1.)"
         )
-    if config.selection != "mean" and not on_cpu:
+    return config.ops or ("cpu" if on_cpu else "triton")
+
+
+def check_selection(config: InfLLMConfig) -> None:
+    """Refuse a selection rule that the platform cannot run."""
+    from vllm.platforms import current_platform
+
+    if config.selection != "mean" and not current_platform.is_cpu():
         raise ConfigError(
             f"--additional-config \"{KEY}\": selection='{config.selection}' runs on the CPU platform only, and this is "
             f"{current_platform.device_name}: remove it for the paper's rule."
         )
-    return config.ops or ("cpu" if on_cpu else "triton")
 
 
 class _Resolved(dict[str, Any]):
