@@ -166,7 +166,7 @@ def test_the_haystack_can_be_chosen(tokenizer: Any) -> None:
     """Another filler, the same needle; tasks without a haystack stay as they are."""
     prose, grass = (
         Point("passkey", 1100, 0.5, 0).sample(tasks.find("passkey", filler), tokenizer, 0)
-        for filler in ("prose", "grass")
+        for filler in ("plays", "grass")
     )
     assert prose.answers == grass.answers
     assert "grass is green" in tokenizer.decode(grass.prompt) and "grass is green" not in tokenizer.decode(prose.prompt)
@@ -183,11 +183,11 @@ def test_bins_by_hand() -> None:
 def test_the_plan() -> None:
     """Samples for each depth where a task has depths; ids differ, and do not depend on what else is run."""
     chosen = [tasks.find("passkey"), tasks.find("code-run")]
-    plan = points(chosen, [2048, 1024], depths=3, samples=2)
+    plan = points(chosen, [2048, 1024], depths=[0.0, 0.5, 1.0], samples=2)
     assert len(plan) == 2 * (3 * 2 + 2) == len({point.id for point in plan})
     assert [point.length for point in plan] == sorted(point.length for point in plan)
     assert {point.depth for point in plan if point.task == "passkey"} == {0.0, 0.5, 1.0}
-    assert {point.id for point in points(chosen[:1], [1024], 2, 1)} <= {point.id for point in plan}
+    assert {point.id for point in points(chosen[:1], [1024], [0.0, 1.0], 1)} <= {point.id for point in plan}
 
 
 def test_an_unknown_task_is_named_with_those_there_are() -> None:

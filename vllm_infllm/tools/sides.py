@@ -1,14 +1,15 @@
-"""The engines that are compared: stock full attention, InfLLM, and InfLLM without retrieval (a streaming window)."""
+"""The engines that are compared: stock full attention, InfLLM by any selection rule, InfLLM without retrieval."""
 
 import sys
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any
 
+from vllm_infllm.selection import RULES
 from vllm_infllm.tools import UsageError
 from vllm_infllm.tools.model import full_cache_bytes
 
-Backend = Literal["infllm", "streaming", "full"]
-BACKENDS: tuple[Backend, ...] = get_args(Backend)
+_SELECTION = {f"infllm-{rule}": rule for rule in RULES}
+BACKENDS = ("infllm", "streaming", "full", *_SELECTION)
 CHUNK = 2048
 BLOCK_SIZE = 128
 # On a CPU vLLM keeps a core free for its other processes; with few requests at a time they sleep while it computes.
@@ -16,9 +17,12 @@ ENV = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
 
 
 def engine_arguments(
-    backend: Backend, model: str, dtype: str, max_model_len: int, infllm: Mapping[str, Any], max_num_seqs: int = 1
+    backend: str, model: str, dtype: str, max_model_len: int, infllm: Mapping[str, Any], max_num_seqs: int = 1
 ) -> dict[str, Any]:
-    """Keyword arguments of `vllm.LLM`: uncompiled, without prefix caching, in the memory that the requests need."""
+    """Keyword arguments of `vllm.LLM`: uncompiled, without prefix caching, in the memory that the requests need.
+
+    backend: "infllm", "infllm-RULE" (of vllm_infllm.selection), "streaming" (retrieves nothing) or "full" (stock).
+    """
     common = {
         "model": model,
         "dtype": dtype,
@@ -36,8 +40,10 @@ def engine_arguments(
             "hf_overrides": {"max_position_embeddings": max_model_len},
             "kv_cache_memory_bytes": max_num_seqs * full_cache_bytes(model, dtype, max_model_len, BLOCK_SIZE),
         }
-    config = dict(infllm) | ({"topk": 0} if backend == "streaming" else {})
-    return common | {"attention_backend": "infllm", "additional_config": {"infllm": config}}
+    own: dict[str, Any] = {"topk": 0} if backend == "streaming" else {}
+    if rule := _SELECTION.get(backend):
+        own = {"selection": rule}
+    return common | {"attention_backend": "infllm", "additional_config": {"infllm": {**infllm, **own}}}
 
 
 def load_tokenizer(model: str) -> Any:

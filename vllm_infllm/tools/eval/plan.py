@@ -27,13 +27,12 @@ class Point:
         return task.generate(tokenizer, self.length, self.depth or 0.0, f"{seed}:{self.id}")
 
 
-def points(tasks: Sequence[Task], lengths: Sequence[int], depths: int, samples: int) -> list[Point]:
-    """All samples, short ones first, so that there is something to see soon; depths are even from 0 to 1."""
-    spread = [i / (depths - 1) for i in range(depths)] if depths > 1 else [0.5]
+def points(tasks: Sequence[Task], lengths: Sequence[int], depths: Sequence[float], samples: int) -> list[Point]:
+    """All samples, short ones first, so that there is something to see soon."""
     return [
         Point(task.name, length, depth, index)
         for length in sorted(lengths)
         for task in tasks
-        for depth in (spread if task.has_depth else [None])
+        for depth in (depths if task.has_depth else [None])
         for index in range(samples)
     ]

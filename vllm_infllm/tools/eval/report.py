@@ -4,9 +4,8 @@ from collections.abc import Callable, Sequence
 from math import exp, fsum
 from statistics import mean, median
 
-from rich.table import Table
-
 from vllm_infllm.tools.eval.results import Record
+from vllm_infllm.tools.tables import Table
 
 
 def scores(records: Sequence[Record]) -> Table:
@@ -27,15 +26,23 @@ def times(records: Sequence[Record]) -> Table:
     )
 
 
+def retrieved(records: Sequence[Record]) -> Table:
+    """How often what is asked for was retrieved, where it was neither in the window nor among the initial tokens."""
+    title = "Layers and steps of the answer that retrieve the needle, %"
+    return _by_length(title, [record for record in records if record.retrieved is not None], _retrieved)
+
+
 def _by_length(title: str, records: Sequence[Record], cell: Callable[[Sequence[Record]], str]) -> Table:
     lengths = sorted({record.length for record in records})
-    table = Table("task", "backend", title=title)
-    for length in lengths:
-        table.add_column(f"{length:,}", justify="right")
+    rows = []
     for task, backend in dict.fromkeys((record.task, record.backend) for record in records):
         row = [record for record in records if (record.task, record.backend) == (task, backend)]
-        table.add_row(task, backend, *(cell([r for r in row if r.length == length]) for length in lengths))
-    return table
+        rows.append([f"{task}, {backend}", *(cell([r for r in row if r.length == length]) for length in lengths)])
+    return Table(title, ["task, backend", *(f"{length:,}" for length in lengths)], rows)
+
+
+def _retrieved(group: Sequence[Record]) -> str:
+    return f"{100 * mean(r.retrieved or 0 for r in group):.0f} ({len(group)})" if group else ""
 
 
 def _score(group: Sequence[Record]) -> str:

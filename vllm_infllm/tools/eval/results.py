@@ -13,7 +13,11 @@ from vllm_infllm.tools import UsageError
 
 @dataclass(frozen=True)
 class Record:
-    """One answered sample. `nll` are the means of bins of positions, of perplexity only, which has no score."""
+    """One answered sample.
+
+    nll: means of bins of positions, of perplexity only, which has no score.
+    retrieved: share of layers and steps that retrieved what is asked for (see retrieval.py), where that is known.
+    """
 
     task: str
     backend: str
@@ -28,6 +32,7 @@ class Record:
     first_token_seconds: float
     score: float | None
     nll: list[float] | None = None
+    retrieved: float | None = None
 
 
 class Results:

@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
+from vllm_infllm.memory.trace import ARGUMENT, Trace
 from vllm_infllm.tools.eval.answers import Answer, Request
+from vllm_infllm.tools.eval.retrieval import share_retrieved
 from vllm_infllm.tools.worker_process import json_output
 
 
@@ -59,6 +61,7 @@ def _parameters(request: Request) -> Any:
         temperature=0,
         max_tokens=request.max_tokens,
         prompt_logprobs=0 if request.prompt_logprobs else None,
+        extra_args={ARGUMENT: True} if request.needles else None,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
@@ -68,7 +71,11 @@ def _answer(request: Request, output: Any, seconds: float) -> Answer:
     if request.prompt_logprobs:
         steps = zip(output.prompt_logprobs[1:], request.prompt[1:], strict=True)
         logprobs = [step[token].logprob for step, token in steps]
-    return Answer(request.id, output.outputs[0].text, seconds, output.metrics.first_token_latency, logprobs)
+    retrieved = None
+    if request.needles:
+        trace = Trace.from_json(output.kv_transfer_params[ARGUMENT])
+        retrieved = share_retrieved(trace, len(request.prompt), request.needles)
+    return Answer(request.id, output.outputs[0].text, seconds, output.metrics.first_token_latency, logprobs, retrieved)
 
 
 if __name__ == "__main__":

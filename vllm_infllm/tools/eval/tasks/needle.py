@@ -65,8 +65,8 @@ class Needle(HaystackTask):
 
 
 NEEDLES = (
-    Needle("needle-single", 128, "prose"),
-    Needle("needle-multikey", 128, "prose", keys=4),
-    Needle("needle-multivalue", 128, "prose", values=4),
-    Needle("needle-multiquery", 128, "prose", keys=4, queries=4),
+    Needle("needle-single", 128, "plays"),
+    Needle("needle-multikey", 128, "plays", keys=4),
+    Needle("needle-multivalue", 128, "plays", values=4),
+    Needle("needle-multiquery", 128, "plays", keys=4, queries=4),
 )

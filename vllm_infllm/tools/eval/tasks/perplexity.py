@@ -18,7 +18,7 @@ class Perplexity(Task):
     """Prose from a drawn place on, exactly as long as asked for; only the prompt's log-probabilities count."""
 
     def generate(self, tokenizer: Any, length: int, depth: float, seed: str) -> Sample:
-        filler = haystack("prose", Random(seed))
+        filler = haystack("plays", Random(seed))
         prompt: list[int] = []
         lines = length // 8 + 1
         while len(prompt) < length:

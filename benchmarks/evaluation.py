@@ -1,0 +1,109 @@
+"""What docs/results.md and docs/selection.md show: runs of `vllm-infllm eval` on the demo model, hours in all.
+
+Each run has a folder under build/evaluation and goes on where it was cut off. After each, its results and pictures are
+copied to docs/results, and the tables are written.
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+
+from benchmarks.tables import fill_in
+from vllm_infllm.selection import RULES
+from vllm_infllm.tools import cli
+from vllm_infllm.tools.eval import report
+from vllm_infllm.tools.eval.results import Record
+from vllm_infllm.tools.tables import Table
+
+FOLDER, DOCS = Path("build/evaluation"), Path("docs/results")
+RULE_BACKENDS = ("infllm", *(f"infllm-{rule}" for rule in RULES))
+INTERIOR = "--depths 0.25,0.5,0.75"
+"""Where at 4K and beyond the needle is neither initial nor in the window: there a rule decides."""
+
+RUNS: dict[str, list[str]] = {
+    # Folder: invocations, each of which adds to what the earlier ones left.
+    "selection-plays": [
+        f"passkey --haystack plays --lengths 8k {INTERIOR} --backends infllm,infllm-peak",
+        f"passkey --haystack plays --lengths 8k {INTERIOR} --backends {','.join(RULE_BACKENDS)}",
+    ],
+    "selection-manual": [
+        f"passkey --haystack manual --lengths 8k {INTERIOR} --backends infllm,infllm-peak",
+        f"passkey --haystack manual --lengths 8k {INTERIOR} --backends {','.join(RULE_BACKENDS)}",
+    ],
+    "passkey": [
+        "passkey --lengths 4k --samples 5 --backends infllm,streaming,full",
+        "passkey --lengths 4k,8k,16k --samples 5",
+        "passkey --lengths 8k,16k --backends streaming,full",
+        "passkey --lengths 32k,64k --depths 3 --backends infllm,streaming",
+    ],
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.evaluation", description=__doc__)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help=f"of {', '.join(RUNS)} (default: all)")
+    parser.add_argument("--tables", action="store_true", help="only write the tables of what there is")
+    args = parser.parse_args(argv)
+    for name in () if args.tables else args.runs or RUNS:
+        for invocation in RUNS[name]:
+            if status := cli.main(["eval", *invocation.split(), "--output", str(FOLDER / name)]):
+                parser.exit(status)
+            _keep(name)
+            write_tables()
+    write_tables()
+
+
+def _keep(name: str) -> None:
+    """Copy the results and pictures of a run; not settings.json, which names the model's folder."""
+    (DOCS / name).mkdir(parents=True, exist_ok=True)
+    for file in [FOLDER / name / "results.jsonl", *(FOLDER / name).glob("*.png")]:
+        shutil.copy(file, DOCS / name)
+
+
+def write_tables() -> None:
+    """Fill in the two pages from what lies in docs/results."""
+    found = {name: _records(name) for name in RUNS if (DOCS / name / "results.jsonl").exists()}
+    pages = {
+        Path("docs/results.md"): {
+            f"{kind}-{name}": table(records).markdown()
+            for name, records in found.items()
+            if not name.startswith("selection")
+            for kind, table in (("scores", report.scores), ("retrieved", report.retrieved), ("times", report.times))
+        },
+        Path("docs/selection.md"): {
+            "selection": rules(
+                {k.removeprefix("selection-"): v for k, v in found.items() if "selection" in k}
+            ).markdown()
+        },
+    }
+    for page, sections in pages.items():
+        page.write_text(fill_in(page.read_text(), sections))
+
+
+def _records(name: str) -> list[Record]:
+    lines = (DOCS / name / "results.jsonl").read_text().splitlines()
+    return sorted((Record(**json.loads(line)) for line in lines), key=lambda one: (one.task, one.backend, one.length))
+
+
+def rules(by_text: dict[str, list[Record]]) -> Table:
+    """A row a rule, a column a text and length: keys found, share of layers and steps that retrieve them."""
+    columns = sorted({(text, record.length) for text, records in by_text.items() for record in records})
+    rows = []
+    for backend in RULE_BACKENDS:
+        row = [f"`{backend.removeprefix('infllm-') if backend != 'infllm' else 'mean'}`"]
+        for text, length in columns:
+            cell = [r for r in by_text[text] if (r.backend, r.length) == (backend, length) and r.retrieved is not None]
+            row.append(
+                f"{sum(r.score or 0 for r in cell):.0f} of {len(cell)}, {mean(r.retrieved or 0 for r in cell):.0%}"
+                if cell
+                else ""
+            )
+        rows.append(row)
+    return Table("", ["rule", *(f"{text}, {length:,} tokens" for text, length in columns)], rows)
+
+
+if __name__ == "__main__":
+    main()
