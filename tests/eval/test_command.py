@@ -145,6 +145,10 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ),
         (["passkey", "--lengths", "50"], "--lengths 50: a prompt of this task takes at least"),
         (["passkey", "--backends", "infllm,flash"], "--backends: there is no backend 'flash'"),
+        (
+            ["passkey", "--backends", "infllm-mean"],
+            "'infllm-mean'; the backends are infllm, streaming, full, infllm-",
+        ),
         (["passkey", "--model", "/nowhere"], "--model /nowhere: there is no such folder"),
         (["passkey", "--base-url", "http://127.0.0.1:9/v1"], "--base-url http://127.0.0.1:9/v1: Connection error."),
     ],
@@ -161,6 +165,9 @@ def test_bad_input_is_refused_before_anything_is_written(
     ("arguments", "message"),
     [
         (["--samples", "0"], "--samples: '0' is not a positive number"),
+        (["--depths", "0"], "--depths: '0': give a number of depths, or depths from 0 to 1 as 0.2,0.5"),
+        (["--depths", "0.5,1.5"], "--depths: '0.5,1.5': give a number of depths"),
+        (["--depths", "half"], "--depths: 'half': give a number of depths"),
         (["--infllm", "{"], "--infllm: '{' is not JSON"),
         (["--engine", "[]"], "--engine: '[]' is not a JSON object"),
     ],

@@ -7,7 +7,7 @@ import pytest
 from tests.eval.solvers import SOLVERS
 from vllm_infllm.tools import UsageError
 from vllm_infllm.tools.eval import tasks
-from vllm_infllm.tools.eval.haystack import encode, join, longest, plays, weave
+from vllm_infllm.tools.eval.haystack import encode, join, longest, manual, plays, weave
 from vllm_infllm.tools.eval.plan import Point, points
 from vllm_infllm.tools.eval.tasks.base import AnswerTask, Sample
 from vllm_infllm.tools.eval.tasks.math_find import QUESTIONS
@@ -160,6 +160,12 @@ def test_prose_is_what_is_spoken() -> None:
     text = plays()
     assert "Who's there?\n" in text and "To be, or not to be: that is the question:\n" in text
     assert len(text) > 100_000 and not any(line[0] in "#*_" for line in text)
+
+
+def test_the_manual_is_sentences() -> None:
+    text = manual()
+    assert len(text) > 1500 and all(line[0].isupper() and line[-2] in ".:" and "  " not in line for line in text)
+    assert any("iterator" in line for line in text) and not any(">>>" in line for line in text)
 
 
 def test_the_haystack_can_be_chosen(tokenizer: Any) -> None:
