@@ -1,7 +1,7 @@
 """What docs/results.md and docs/selection.md show: runs of `vllm-infllm eval` on the demo model, hours in all.
 
-Each run has a folder under build/evaluation and goes on where it was cut off. After each, its results and pictures are
-copied to docs/results, and the tables are written.
+Each run has a folder under build/evaluation and goes on where it was cut off. After each of its invocations, its results
+are copied to docs/results, and tables and pictures of all of them are made.
 """
 
 import argparse
@@ -14,24 +14,29 @@ from statistics import mean
 from benchmarks.tables import fill_in
 from vllm_infllm.selection import RULES
 from vllm_infllm.tools import cli
-from vllm_infllm.tools.eval import report
+from vllm_infllm.tools.eval import pictures, report
 from vllm_infllm.tools.eval.results import Record
 from vllm_infllm.tools.tables import Table
 
 FOLDER, DOCS = Path("build/evaluation"), Path("docs/results")
-RULE_BACKENDS = ("infllm", *(f"infllm-{rule}" for rule in RULES))
+RULE_ROWS = {
+    "full": "full attention",
+    "infllm": "`mean`",
+    **{f"infllm-{rule}": f"`{rule}`" for rule in RULES},
+}
+"""By backend, how the table of selection rules calls it."""
 INTERIOR = "--depths 0.25,0.5,0.75"
 """Where at 4K and beyond the needle is neither initial nor in the window: there a rule decides."""
 
 RUNS: dict[str, list[str]] = {
     # Folder: invocations, each of which adds to what the earlier ones left.
     "selection-plays": [
-        f"passkey --haystack plays --lengths 8k {INTERIOR} --backends infllm,infllm-peak",
-        f"passkey --haystack plays --lengths 8k {INTERIOR} --backends {','.join(RULE_BACKENDS)}",
+        f"passkey --haystack plays --lengths 8k {INTERIOR} --backends full,infllm,infllm-peak",
+        f"passkey --haystack plays --lengths 8k {INTERIOR} --backends {','.join(RULE_ROWS)}",
     ],
     "selection-manual": [
-        f"passkey --haystack manual --lengths 8k {INTERIOR} --backends infllm,infllm-peak",
-        f"passkey --haystack manual --lengths 8k {INTERIOR} --backends {','.join(RULE_BACKENDS)}",
+        f"passkey --haystack manual --lengths 8k {INTERIOR} --backends full,infllm,infllm-peak",
+        f"passkey --haystack manual --lengths 8k {INTERIOR} --backends {','.join(RULE_ROWS)}",
     ],
     "passkey": [
         "passkey --lengths 4k --samples 5 --backends infllm,streaming,full",
@@ -51,16 +56,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         for invocation in RUNS[name]:
             if status := cli.main(["eval", *invocation.split(), "--output", str(FOLDER / name)]):
                 parser.exit(status)
-            _keep(name)
+            # Not settings.json, which names the model's folder.
+            (DOCS / name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(FOLDER / name / "results.jsonl", DOCS / name)
+            pictures.draw(_records(name), DOCS / name)
             write_tables()
     write_tables()
-
-
-def _keep(name: str) -> None:
-    """Copy the results and pictures of a run; not settings.json, which names the model's folder."""
-    (DOCS / name).mkdir(parents=True, exist_ok=True)
-    for file in [FOLDER / name / "results.jsonl", *(FOLDER / name).glob("*.png")]:
-        shutil.copy(file, DOCS / name)
 
 
 def write_tables() -> None:
@@ -89,20 +90,27 @@ def _records(name: str) -> list[Record]:
 
 
 def rules(by_text: dict[str, list[Record]]) -> Table:
-    """A row a rule, a column a text and length: keys found, share of layers and steps that retrieve them."""
+    """A row a rule, a column a text and length: keys found, share of layers and steps that retrieve them.
+
+    Keys that no rule has to retrieve do not count; stock attention is the row to compare with.
+    """
     columns = sorted({(text, record.length) for text, records in by_text.items() for record in records})
     rows = []
-    for backend in RULE_BACKENDS:
-        row = [f"`{backend.removeprefix('infllm-') if backend != 'infllm' else 'mean'}`"]
+    for backend, name in RULE_ROWS.items():
+        row = [name]
         for text, length in columns:
-            cell = [r for r in by_text[text] if (r.backend, r.length) == (backend, length) and r.retrieved is not None]
-            row.append(
-                f"{sum(r.score or 0 for r in cell):.0f} of {len(cell)}, {mean(r.retrieved or 0 for r in cell):.0%}"
-                if cell
-                else ""
-            )
+            cell = [one for one in by_text[text] if (one.backend, one.length) == (backend, length)]
+            row.append(_found(cell if backend == "full" else [one for one in cell if one.retrieved is not None]))
         rows.append(row)
     return Table("", ["rule", *(f"{text}, {length:,} tokens" for text, length in columns)], rows)
+
+
+def _found(records: list[Record]) -> str:
+    if not records:
+        return ""
+    shares = [one.retrieved for one in records if one.retrieved is not None]
+    found = f"{sum(one.score or 0 for one in records):.0f} of {len(records)}"
+    return f"{found}, {mean(shares):.0%}" if shares else found
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import report, results
+from benchmarks import evaluation, report, results
 from benchmarks.engine_worker import Engine
 from benchmarks.plan import ANSWER_ROOM, FULL
 from benchmarks.samples import (
@@ -24,7 +24,9 @@ from benchmarks.tables import fill_in
 from benchmarks.targets import Target, targets
 from tests import tiny_models
 from tests.engines import engine, infllm_engine
+from vllm_infllm.selection import RULES
 from vllm_infllm.tools import CommandError
+from vllm_infllm.tools.eval.results import Record
 from vllm_infllm.tools.samples import Ratio, ratio_of_medians
 from vllm_infllm.tools.tables import Table
 from vllm_infllm.tools.worker_process import WorkerProcess
@@ -287,3 +289,19 @@ def test_the_fill_seals_units(tmp_path: Path) -> None:
         content = torch.randn(PERIOD, 2, 2 * 32, generator=torch.Generator().manual_seed(0))
         wanted = content[torch.arange(128, 256) + 97, 1].view(128, 2, 32).transpose(0, 1)
         assert any(torch.equal(unit, wanted) for unit in values)
+
+
+def evaluated(backend: str, score: float, retrieved: float | None) -> Record:
+    return Record("passkey", backend, 8192, 0.5, "", 8190, "", [], {}, 2.0, 1.0, score, retrieved=retrieved)
+
+
+def test_the_table_of_selection_rules_by_hand() -> None:
+    """Only needles that had to be retrieved count; the paper's rule goes by its name; what is missing stays empty."""
+    plays = [evaluated("infllm", 0.0, 0.25), evaluated("infllm", 1.0, 0.75), evaluated("infllm", 1.0, None)]
+    manual = [evaluated("infllm-peak", 1.0, 0.9), evaluated("full", 1.0, None)]
+    table = evaluation.rules({"plays": plays, "manual": manual})
+    assert table.header == ["rule", "manual, 8,192 tokens", "plays, 8,192 tokens"]
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert set(rows) == {"full attention", *(f"`{rule}`" for rule in ("mean", *RULES))}
+    assert rows["`mean`"] == ["", "1 of 2, 50%"] and rows["`peak`"] == ["1 of 1, 90%", ""]
+    assert rows["full attention"] == ["1 of 1", ""]

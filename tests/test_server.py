@@ -1,7 +1,9 @@
 """`vllm serve MODEL --attention-backend infllm`, as an operator starts it, with the OpenAI client."""
 
 import asyncio
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import openai
 import pytest
@@ -9,6 +11,7 @@ from transformers import AutoTokenizer
 
 from tests.servers import Server, serve
 from vllm_infllm import __version__
+from vllm_infllm.tools import cli
 from vllm_infllm.tools.model import demo_model
 from vllm_infllm.tools.passkey import passkey_prompt
 
@@ -66,3 +69,13 @@ def test_a_request_longer_than_max_model_len_is_refused(server: Server) -> None:
     client = openai.OpenAI(base_url=server.url, api_key="none", max_retries=0)
     with pytest.raises(openai.BadRequestError, match="32768"):
         client.completions.create(model=str(demo_model()), prompt=[5] * 33_000, max_tokens=1)
+
+
+def test_an_evaluation_asks_the_server(server: Server, tmp_path: Path) -> None:
+    """Pass keys streamed, log-probabilities of a prompt: all finite, and plausible for English."""
+    arguments = ["--lengths", "600", "--depths", "2", "--base-url", server.url, "--concurrency", "2"]
+    assert cli.main(["eval", "passkey", "perplexity", *arguments, "--output", str(tmp_path / "out")]) == 0
+    records = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [record["score"] for record in records if record["task"] == "passkey"] == [1.0, 1.0]
+    (nll,) = (record["nll"] for record in records if record["task"] == "perplexity")
+    assert len(nll) == 3 and all(1 < value < 6 for value in nll)
