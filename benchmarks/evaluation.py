@@ -1,7 +1,7 @@
 """What docs/results.md and docs/selection.md show: runs of `vllm-infllm eval` on the demo model, hours in all.
 
-Each run has a folder under build/evaluation and goes on where it was cut off. After each of its invocations, its results
-are copied to docs/results, and tables and pictures of all of them are made.
+Each run has a folder under build/evaluation and goes on where it was cut off. After each of its invocations, its
+results are copied to docs/results, and tables and pictures of all of them are made.
 """
 
 import argparse
