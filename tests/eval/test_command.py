@@ -137,6 +137,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     ("arguments", "message"),
     [
         (["nothing"], "there is no task 'nothing'; the tasks are passkey,"),
+        (["infinitebench_longbook_qa_en"], "xinrongzhang2022/InfiniteBench needs the package datasets: pip install"),
         (["passkey", "--lengths", "4k,long"], "--lengths 4k,long: 'long' is no number of tokens"),
         (["passkey", "--lengths", "0"], "--lengths 0"),
         (

@@ -30,12 +30,16 @@ from vllm_infllm.tools.eval.tasks.perplexity import Perplexity, bins
 from vllm_infllm.tools.model import demo_dtype, demo_model
 from vllm_infllm.tools.sides import BACKENDS, ENV, engine_arguments, load_tokenizer
 
+TASK_HELP = (
+    f"one or more of {', '.join(tasks.TASKS)}; of LongBench and InfiniteBench, whose documents come from a hub: "
+    f"{', '.join(tasks.harness.NAMES)}"
+)
 DEMO_INFLLM = {"n_local": 1024, "topk": 8}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which tasks, which engines, how long, how many, where to."""
-    parser.add_argument("tasks", nargs="+", metavar="TASK", help=f"one or more of {', '.join(tasks.TASKS)}")
+    parser.add_argument("tasks", nargs="+", metavar="TASK", help=TASK_HELP)
     parser.add_argument(
         "--model", help="folder or name of a model (default: the demo model); its tokenizer cuts prompts"
     )

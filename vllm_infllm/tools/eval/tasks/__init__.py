@@ -1,9 +1,10 @@
-"""All tasks by name. A new one: a file of its own with a `Task`, and its line here."""
+"""All tasks by name; those of a hub in harness.py. A new one: a file of its own with a `Task`, and its line here."""
 
 from dataclasses import replace
 
 from vllm_infllm.tools import UsageError
 from vllm_infllm.tools.eval.haystack import HaystackName
+from vllm_infllm.tools.eval.tasks import harness
 from vllm_infllm.tools.eval.tasks.base import HaystackTask, Task
 from vllm_infllm.tools.eval.tasks.code_run import CODE_RUN
 from vllm_infllm.tools.eval.tasks.common_words import COMMON_WORDS
@@ -38,7 +39,9 @@ def find(name: str, haystack: HaystackName | None = None) -> Task:
     Raises:
         UsageError: for a name that is not there; lists those that are.
     """
+    if name in harness.NAMES:
+        return harness.find(name)
     if name not in TASKS:
-        raise UsageError(f"there is no task {name!r}; the tasks are {', '.join(TASKS)}")
+        raise UsageError(f"there is no task {name!r}; the tasks are {', '.join((*TASKS, *harness.NAMES))}")
     task = TASKS[name]
     return replace(task, haystack=haystack) if haystack and isinstance(task, HaystackTask) else task

@@ -38,6 +38,8 @@ class Task(ABC):
     def generate(self, tokenizer: Any, length: int, depth: float, seed: str) -> Sample:
         """A prompt of at most `length` tokens that falls short of it by less than one line (record, word, function).
 
+        seed: of the run, ":", and the sample's name, "TASK/LENGTH/.../NUMBER" (plan.py).
+
         Raises:
             UsageError: if the task does not fit into so few tokens.
         """
