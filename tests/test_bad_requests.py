@@ -87,21 +87,23 @@ def test_server_errors_are_those_of_stock_vllm(server: Server, model: str, tmp_p
     """Requests made from the schema that the server publishes, and broken ones: whatever is answered with a status of
     500 or more is so by vLLM without InfLLM, too."""
     schema = schemathesis.openapi.from_url(f"{server.root}/openapi.json")
-    statuses, failed = [], []
+    statuses: list[int] = []
+    failed: list[tuple[str, Any, str]] = []
     for route in ROUTES:
 
         @settings(max_examples=60, suppress_health_check=list(HealthCheck))
         @given(case=schema[route]["POST"].as_strategy(), odd=ODD, data=st.data())
-        def ask(case: Any, odd: dict[str, Any], data: Any, route: str = route) -> None:
+        def ask(route: str, case: Any, odd: dict[str, Any], data: Any) -> None:
             names = sorted(case.body) if isinstance(case.body, dict) else []
             some = data.draw(st.lists(st.sampled_from(names), max_size=5, unique=True)) if names else []
-            body = {"seed": 0, **ROUTES[route], "model": model, **{name: case.body[name] for name in some}, **odd}
-            status, text = post(server, route, short(body, ROUTES[route]))
+            fields = {name: case.body[name] for name in some}
+            body = short({"seed": 0, **ROUTES[route], "model": model, **fields, **odd}, ROUTES[route])
+            status, text = post(server, route, body)
             statuses.append(status)
             if status >= 500:
                 failed.append((route, body, text))
 
-        ask()
+        ask(route)
     assert statuses.count(200) > 30 and sum(400 <= status < 500 for status in statuses) > 30, statuses
     if failed:
         with serve(model, tmp_path, *SIZES, *CACHE, backend=None) as stock:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.load import Answered, Asked, Load, Report, Round, Watch, put, server_flags
+from benchmarks.load import ENV, Answered, Asked, Load, Report, Round, Watch, put, server_flags
 from tests import tiny_models
 from vllm_infllm.tools.server import Server
 
@@ -37,8 +37,11 @@ def server(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
     flags = ["--max-num-batched-tokens=512", "--long-prefill-token-threshold=128", "--enforce-eager", "--block-size=32"]
     additional = f"--additional-config={json.dumps({'infllm': infllm})}"
     log = tmp_path_factory.mktemp("server") / "log"
-    with Server("server", [model, *server_flags(LOAD), *flags, additional], log, start_seconds=400) as server:
-        yield server
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENV.items():
+            patch.setenv(name, value)
+        with Server("server", [model, *server_flags(LOAD), *flags, additional], log, start_seconds=400) as server:
+            yield server
 
 
 def test_under_load(server: Server, model: str) -> None:
