@@ -43,8 +43,8 @@ GROWTH = 1.03
 """Most that resident memory may differ between rounds, but for the first, in which it is touched."""
 LOOK_SECONDS = 0.1
 ENV = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
-"""Of the server. By default oneDNN keeps code for the last 1,024 shapes of matrix products, so for each number of tokens
-that a step has had: hundreds of MiB that grow for hours, with vLLM's own attention, too."""
+"""Of the server. By default oneDNN keeps code for 1,024 shapes of matrix products, and each number of tokens in a step
+is another shape: hundreds of MiB that come slowly, with vLLM's own attention, too."""
 COUNTED_SECONDS = 0.5
 """How much later than a token arrives the metrics may count what happened before it."""
 REST_SECONDS = 10
