@@ -54,6 +54,15 @@ def manager(llm: Any) -> Any:
     return found
 
 
+def assert_all_returned(llm: Any) -> None:
+    """Every block and unit is back; one block, the null block, is never given out."""
+    pool, blocks = manager(llm).pool, manager(llm).block_pool
+    pool.check_integrity()
+    assert pool.num_free == pool.num_units
+    assert blocks.get_num_free_blocks() == blocks.num_gpu_blocks - 1
+    assert not manager(llm).units
+
+
 def plan(llm: Any) -> Any:
     """The memory plan that the worker made and printed."""
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.plan

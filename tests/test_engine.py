@@ -7,7 +7,17 @@ import pytest
 import torch
 
 from tests import tiny_models
-from tests.engines import between_steps, engine, greedy, infllm_engine, manager, plan, prompt_logprobs, scheduler
+from tests.engines import (
+    assert_all_returned,
+    between_steps,
+    engine,
+    greedy,
+    infllm_engine,
+    manager,
+    plan,
+    prompt_logprobs,
+    scheduler,
+)
 
 SIZES = {"n_init": 32, "n_local": 128, "topk": 3, "repr_topk": 2, "exc_block_size": 64}
 BLOCK_SIZE = 32
@@ -32,15 +42,6 @@ def llm(llama: str) -> Iterator[Any]:
 
 def prompts() -> list[list[int]]:
     return [tiny_models.tokens(length, seed=length) for length in LENGTHS]
-
-
-def assert_all_returned(llm: Any) -> None:
-    """Every block and unit is back; one block, the null block, is never given out."""
-    pool, blocks = manager(llm).pool, manager(llm).block_pool
-    pool.check_integrity()
-    assert pool.num_free == pool.num_units
-    assert blocks.get_num_free_blocks() == blocks.num_gpu_blocks - 1
-    assert not manager(llm).units
 
 
 def test_a_batch_answers_as_each_request_alone(llm: Any) -> None:

@@ -1,5 +1,6 @@
 """Tiny models of random weights, one of each family that InfLLM is tested with."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +62,28 @@ def make(family: str, folder: Path, **overrides: Any) -> str:
 
 
 def add_tokenizer(folder: Path) -> None:
-    """Words t000 .. t255, each a token of that number, separated by blanks."""
+    """Words t000 .. t255, each a token of that number, separated by blanks; a chat is its messages in order.
+
+    Token 2 is what no word is. Its name is longer than a word with its blank: vLLM refuses a text unread if it has more
+    characters than max_model_len tokens of the longest name.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = Tokenizer(models.WordLevel({f"t{i:03}": i for i in range(VOCAB)}, unk_token="t002"))
+    names = {i: f"t{i:03}" for i in range(VOCAB)} | {2: "<unknown>"}
+    words = Tokenizer(models.WordLevel({name: i for i, name in names.items()}, unk_token=names[2]))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"bos_token": "t000", "eos_token": "t001", "pad_token": "t002"}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+    special = {"bos_token": "t000", "eos_token": "t001", "pad_token": names[2]}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special)
+    tokenizer.chat_template = "{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}"
+    tokenizer.save_pretrained(folder)
 
 
 def tokens(count: int, seed: int = 0) -> list[int]:
     """Random token ids, none of them special."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCAB, (count,), generator=generator).tolist()
+
+
+if __name__ == "__main__":
+    make("llama", Path(sys.argv[1]))
+    add_tokenizer(Path(sys.argv[1]))

@@ -298,7 +298,24 @@ vllm.v1.worker.cpu_worker:CPUWorker -- InfLLMCPUWorker
     overrides __init__(self, vllm_config, ...)
     overrides load_model(self, *, load_dummy_weights)
     overrides get_kv_cache_spec(self)
+    overrides sample_tokens(self, ...)
     has vllm_config model_runner
+vllm.v1.worker.gpu_model_runner:GPUModelRunner -- worker/cpu.py: whose prompt is not complete, and its generators
+    has input_batch discard_request_mask
+vllm.v1.worker.gpu_model_runner:GPUModelRunner._bookkeeping_sync -- worker/cpu.py: what a CPU's generator cannot do
+    says gen.set_offset(gen.get_offset() - 4)
+vllm.v1.worker.gpu_input_batch:InputBatch -- worker/cpu.py: generators by the request's place in the batch
+    has generators
+vllm.benchmarks.serve:add_cli_args -- benchmarks/load.py: `vllm bench serve` in this process
+    calls add_cli_args(parser)
+vllm.benchmarks.serve:main_async -- benchmarks/load.py: what it measured
+    says get_samples(args, tokenizer)
+    says result_json = {**result_json, **benchmark_result}
+vllm.benchmarks.serve:benchmark -- benchmarks/load.py: answers, errors and times of each request
+    says 'generated_texts'
+    says 'errors'
+    says 'start_times'
+    says 'latencies'
 vllm.utils.cpu_resource_utils:get_memory_node_info -- worker/cpu.py: the memory that the plan divides
     calls get_memory_node_info(node_id)
 vllm.utils.cpu_resource_utils:MemoryNodeInfo -- worker/cpu.py

@@ -97,12 +97,33 @@ class Server:
         from prometheus_client.parser import text_string_to_metric_families
 
         try:
-            with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as response:
-                text = response.read().decode()
+            text = self._metrics_text()
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             return 0.0
         samples = [s for family in text_string_to_metric_families(text) for s in family.samples if s.name == name]
         return sum(float(s.labels[label] if label else s.value) for s in samples)
+
+    def metrics(self) -> dict[str, float]:
+        """Every metric of its Prometheus endpoint, by the name in the text, summed over labels.
+
+        Raises:
+            OSError: if it does not answer.
+        """
+        found: dict[str, float] = {}
+        for line in self._metrics_text().splitlines():
+            if not line.startswith("#"):
+                name, value = line.partition("{")[0].partition(" ")[0], line.rpartition(" ")[2]
+                found[name] = found.get(name, 0.0) + float(value)
+        return found
+
+    def processes(self, word: str) -> list[psutil.Process]:
+        """Those of its processes whose command line or title has `word`."""
+        return [p for p in psutil.Process(self._process.pid).children(recursive=True) if word in " ".join(p.cmdline())]
+
+    def _metrics_text(self) -> str:
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as response:
+            text: str = response.read().decode()
+        return text
 
     def _wait_until_up(self) -> None:
         deadline = time.monotonic() + self._start_seconds

@@ -37,6 +37,20 @@ class InfLLMCPUWorker(InfLLMWorker, CPUWorker):
     def _user_paged_bytes(self) -> int | None:
         return self._given_paged_bytes
 
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """Without the generators of requests whose prompt is not complete; what is sampled for them is thrown away.
+
+        vLLM would set those back afterwards, which generators on a CPU cannot: a seed with a prompt of several chunks
+        would end the engine. Here they are not advanced at all, so that answers do not depend on chunks either.
+        """
+        runner = self.model_runner
+        generators, unfinished = runner.input_batch.generators, runner.discard_request_mask.np
+        held = {index: generators.pop(index) for index in list(generators) if unfinished[index]}
+        try:
+            return super().sample_tokens(*args, **kwargs)
+        finally:
+            generators.update(held)
+
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         specs = super().get_kv_cache_spec()
         self.vllm_config.cache_config.kv_cache_memory_bytes = self.plan.paged_bytes
