@@ -51,8 +51,11 @@ REST_SECONDS = 10
 START_SECONDS = 400
 WORDS = 2000
 """Tokens of the vocabulary that are tried as words of prompts."""
-DEMO_POOL = ("--additional-config", json.dumps({KEY: {"host_memory_gib": 0.42}}))
-"""For the longest request with the demo model, and little more."""
+DEMO_FLAGS = (
+    *("--additional-config", json.dumps({KEY: {"host_memory_gib": 0.42}})),
+    *("--max-num-batched-tokens", "2048", "--long-prefill-token-threshold", "512"),
+)
+"""With the demo model: units for the longest request and little more, which prompts take beside each other."""
 
 
 @dataclass(frozen=True)
@@ -322,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--log", type=Path, default=Path("build/load.log"), help="of the server (default: %(default)s)")
     args, flags = parser.parse_known_args(argv)
     load, model = Load(requests=args.requests, longest=args.longest), args.model or str(demo_model())
-    arguments = [model, *server_flags(load), *([] if args.model else DEMO_POOL), *flags]
+    arguments = [model, *server_flags(load), *([] if args.model else DEMO_FLAGS), *flags]
     os.environ.update(ENV)
     args.log.parent.mkdir(parents=True, exist_ok=True)
     try:

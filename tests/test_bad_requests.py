@@ -88,7 +88,9 @@ def test_server_errors_are_those_of_stock_vllm(server: Server, model: str, tmp_p
     500 or more is so by vLLM without InfLLM, too."""
     schema = schemathesis.openapi.from_url(f"{server.root}/openapi.json")
     statuses: list[int] = []
-    failed: list[tuple[str, Any, str]] = []
+    # One that is known, which vLLM's API server answers with 500: parameters of a transfer that are no object.
+    known = {**ROUTES["/v1/completions"], "model": model, "vllm_xargs": {"kv_transfer_params": "x"}}
+    failed: list[tuple[str, Any, str]] = [("/v1/completions", known, "")]
     for route in ROUTES:
 
         @settings(max_examples=60, suppress_health_check=list(HealthCheck))
@@ -105,10 +107,10 @@ def test_server_errors_are_those_of_stock_vllm(server: Server, model: str, tmp_p
 
         ask(route)
     assert statuses.count(200) > 30 and sum(400 <= status < 500 for status in statuses) > 30, statuses
-    if failed:
-        with serve(model, tmp_path, *SIZES, *CACHE, backend=None) as stock:
-            ours = [case for case in failed if post(stock, *case[:2])[0] < 500]
-        assert not ours
+    with serve(model, tmp_path, *SIZES, *CACHE, backend=None) as stock:
+        ours = [case for case in failed if post(stock, *case[:2])[0] < 500]
+        assert post(stock, "/v1/completions", {**known, "vllm_xargs": {}})[0] == 200
+    assert not ours
 
 
 def short(body: dict[str, Any], sound: dict[str, Any]) -> dict[str, Any]:
