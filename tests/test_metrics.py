@@ -47,7 +47,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     flags = [flag for name, value in sizes.items() for flag in (f"--{name}", str(value))]
     with serve(
         model,
-        folder / "log",
+        folder,
         *flags,
         "--dtype=float32",
         "--enforce-eager",

@@ -21,8 +21,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
     In float32, where what else is in a batch cannot turn an answer.
     """
-    log = tmp_path_factory.mktemp("server") / "log"
-    with serve(str(demo_model()), log, "--max-model-len", "32768", "--dtype", "float32") as server:
+    folder = tmp_path_factory.mktemp("server")
+    with serve(str(demo_model()), folder, "--max-model-len", "32768", "--dtype", "float32") as server:
         yield server
 
 
