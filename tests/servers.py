@@ -136,9 +136,13 @@ def _stop(server: Server) -> None:
         server.process.send_signal(signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
         server.process.wait(60)
-    for process in server.processes():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+    # Python's resource tracker last: it ends by itself, and takes the shared memory of the others away.
+    trackers = server.processes("resource_tracker")
+    others = [process for process in server.processes() if process not in trackers]
+    for processes, seconds in ((others, 0), (trackers, 10)):
+        for process in psutil.wait_procs(processes, seconds)[1]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
     server.process.wait(60)
     shutil.rmtree(server.temporary)
 
