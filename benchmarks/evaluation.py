@@ -25,20 +25,21 @@ RULE_ROWS = {
     **{f"infllm-{rule}": f"`{rule}`" for rule in RULES},
 }
 """By backend, how the table of selection rules calls it."""
+PROSE = ("plays", "manual")
 INTERIOR = "--depths 0.25,0.5,0.75"
 """Where at 4K and beyond the needle is neither initial nor in the window: there a rule decides."""
 
 RUNS: dict[str, list[str]] = {
-    # Folder: invocations, each of which adds to what the earlier ones left.
-    "selection-plays": [
-        f"passkey --haystack plays --lengths 8k {INTERIOR} --backends full,infllm,infllm-peak",
-        f"passkey --haystack plays --lengths 8k {INTERIOR} --backends {','.join(RULE_ROWS)}",
-    ],
-    "selection-manual": [
-        f"passkey --haystack manual --lengths 8k {INTERIOR} --backends full,infllm,infllm-peak",
-        f"passkey --haystack manual --lengths 8k {INTERIOR} --backends {','.join(RULE_ROWS)}",
-    ],
-    "passkey": [
+    # Folder: invocations, each of which adds to what the earlier ones left; what says most comes first.
+    **{
+        text: [
+            f"passkey --haystack {text} --lengths 8k {INTERIOR} --backends full,infllm,infllm-peak",
+            f"passkey --haystack {text} --lengths 8k {INTERIOR} --backends {','.join(RULE_ROWS)}",
+            f"passkey --haystack {text} --lengths 4k,16k {INTERIOR} --backends {','.join(RULE_ROWS)}",
+        ]
+        for text in PROSE
+    },
+    "grass": [
         "passkey --lengths 4k --samples 5 --backends infllm,streaming,full",
         "passkey --lengths 4k,8k,16k --samples 5",
         "passkey --lengths 8k,16k --backends streaming,full",
@@ -71,13 +72,10 @@ def write_tables() -> None:
         Path("docs/results.md"): {
             f"{kind}-{name}": table(records).markdown()
             for name, records in found.items()
-            if not name.startswith("selection")
             for kind, table in (("scores", report.scores), ("retrieved", report.retrieved), ("times", report.times))
         },
         Path("docs/selection.md"): {
-            "selection": rules(
-                {k.removeprefix("selection-"): v for k, v in found.items() if "selection" in k}
-            ).markdown()
+            "selection": rules({name: records for name, records in found.items() if name in PROSE}).markdown()
         },
     }
     for page, sections in pages.items():
