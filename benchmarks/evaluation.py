@@ -69,17 +69,18 @@ def write_tables() -> None:
     """Fill in the two pages from what lies in docs/results."""
     found = {name: _records(name) for name in RUNS if (DOCS / name / "results.jsonl").exists()}
     pages = {
-        Path("docs/results.md"): {
-            f"{kind}-{name}": table(records).markdown()
-            for name, records in found.items()
-            for kind, table in (("scores", report.scores), ("retrieved", report.retrieved), ("times", report.times))
-        },
+        Path("docs/results.md"): {name: _tables(records) for name, records in found.items()},
         Path("docs/selection.md"): {
             "selection": rules({name: records for name, records in found.items() if name in PROSE}).markdown()
         },
     }
     for page, sections in pages.items():
         page.write_text(fill_in(page.read_text(), sections))
+
+
+def _tables(records: list[Record]) -> str:
+    tables = (report.scores(records), report.retrieved(records), report.times(records))
+    return "\n\n".join(f"{table.title}:\n\n{table.markdown()}" for table in tables)
 
 
 def _records(name: str) -> list[Record]:
