@@ -109,8 +109,9 @@ def serve(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [str(Path(sys.executable).with_name("vllm")), "serve", model, "--port", str(port), *flags]
-    # vLLM binds its own threads to cores; let it have all of them.
-    inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    # vLLM binds its own threads to cores, let it have all of them; and tests with engines keep theirs in one process.
+    ours = ("OMP_NUM_THREADS", "VLLM_ENABLE_V1_MULTIPROCESSING")
+    inherited = {name: value for name, value in os.environ.items() if name not in ours}
     # A short path, not one of pytest's: that of a socket has 107 characters at most.
     log, temporary = folder / "log", Path(tempfile.mkdtemp(prefix="infllm-", dir="/tmp"))
     with log.open("w") as out:

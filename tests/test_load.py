@@ -40,6 +40,8 @@ def server(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENV.items():
             patch.setenv(name, value)
+        # Tests with engines keep theirs in one process.
+        patch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
         with Server("server", [model, *server_flags(LOAD), *flags, additional], log, start_seconds=400) as server:
             yield server
 
