@@ -31,6 +31,16 @@ if extension := os.environ.get("INFLLM_TEST_EXTENSION"):
     spec.loader.exec_module(sys.modules[spec.name])
 
 
+@pytest.fixture(scope="session")
+def llama_with_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a tiny Llama whose words are its tokens; for all tests, so that none may write into it."""
+    from tests import tiny_models
+
+    folder = tmp_path_factory.mktemp("llama_with_tokenizer")
+    tiny_models.add_tokenizer(folder)
+    return tiny_models.make("llama", folder)
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """For tests whose tensors are tiny: on a busy machine, waiting for a second thread costs several times the work."""

@@ -29,16 +29,9 @@ INFLLM = {"n_init": 32, "n_local": 128, "topk": 3, "exc_block_size": 64, "host_m
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("llama")
-    tiny_models.add_tokenizer(folder)
-    return tiny_models.make("llama", folder)
-
-
-@pytest.fixture(scope="module")
-def server(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(llama_with_tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     additional = f"--additional-config={json.dumps({'infllm': INFLLM})}"
-    with serve(model, tmp_path_factory.mktemp("server"), *SIZES, additional) as server:
+    with serve(llama_with_tokenizer, tmp_path_factory.mktemp("server"), *SIZES, additional) as server:
         yield server
 
 
@@ -83,13 +76,13 @@ ODD = st.fixed_dictionaries(
 
 
 @pytest.mark.usefixtures("unharmed")
-def test_server_errors_are_those_of_stock_vllm(server: Server, model: str, tmp_path: Any) -> None:
+def test_server_errors_are_those_of_stock_vllm(server: Server, tmp_path: Any) -> None:
     """Requests made from the schema that the server publishes, and broken ones: whatever is answered with a status of
     500 or more is so by vLLM without InfLLM, too."""
     schema = schemathesis.openapi.from_url(f"{server.root}/openapi.json")
     statuses: list[int] = []
     # One that is known, which vLLM's API server answers with 500: parameters of a transfer that are no object.
-    known = {**ROUTES["/v1/completions"], "model": model, "vllm_xargs": {"kv_transfer_params": "x"}}
+    known = {**ROUTES["/v1/completions"], "model": server.model, "vllm_xargs": {"kv_transfer_params": "x"}}
     failed: list[tuple[str, Any, str]] = [("/v1/completions", known, "")]
     for route in ROUTES:
 
@@ -99,7 +92,7 @@ def test_server_errors_are_those_of_stock_vllm(server: Server, model: str, tmp_p
             names = sorted(case.body) if isinstance(case.body, dict) else []
             some = data.draw(st.lists(st.sampled_from(names), max_size=5, unique=True)) if names else []
             fields = {name: case.body[name] for name in some}
-            body = short({"seed": 0, **ROUTES[route], "model": model, **fields, **odd}, ROUTES[route])
+            body = short({"seed": 0, **ROUTES[route], "model": server.model, **fields, **odd}, ROUTES[route])
             status, text = post(server, route, body)
             statuses.append(status)
             if status >= 500:
@@ -107,7 +100,7 @@ def test_server_errors_are_those_of_stock_vllm(server: Server, model: str, tmp_p
 
         ask(route)
     assert statuses.count(200) > 30 and sum(400 <= status < 500 for status in statuses) > 30, statuses
-    with serve(model, tmp_path, *SIZES, *CACHE, backend=None) as stock:
+    with serve(server.model, tmp_path, *SIZES, *CACHE, backend=None) as stock:
         ours = [case for case in failed if post(stock, *case[:2])[0] < 500]
         assert post(stock, "/v1/completions", {**known, "vllm_xargs": {}})[0] == 200
     assert not ours

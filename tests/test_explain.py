@@ -48,16 +48,17 @@ def test_the_most_retrieved_units_are_shown_with_their_text() -> None:
     assert [str(text) for text in columns[4]] == ["w112 w113 w114 w115", "w108 w109 w110 w111"]
 
 
-def test_a_prompt_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+def test_a_prompt_is_explained(
+    llama_with_tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
     """A tiny model over 1,200 tokens: a picture, the answer, and units whose words stand in the file."""
-    model = tiny_models.make("llama", tmp_path)
-    tiny_models.add_tokenizer(tmp_path)
     words = [f"t{token:03}" for token in tiny_models.tokens(1200)]
     (tmp_path / "prompt.txt").write_text(" ".join(words))
     picture = tmp_path / "picture.png"
     monkeypatch.setattr(explain, "Console", lambda: Console(width=4000))
     monkeypatch.setattr(explain, "demo_dtype", lambda: "float32")
-    options = {"model": model, "prompt-file": tmp_path / "prompt.txt", "output": picture, "n-local": 256, "topk": 2}
+    prompt = tmp_path / "prompt.txt"
+    options = {"model": llama_with_tokenizer, "prompt-file": prompt, "output": picture, "n-local": 256, "topk": 2}
     assert cli.main(["explain", *(f"--{name}={value}" for name, value in options.items()), "--max-tokens=4"]) == 0
     signature, width, height = struct.unpack(">8s8xII", picture.read_bytes()[:24])
     assert signature == b"\x89PNG\r\n\x1a\n" and width > 500 and height > 300

@@ -32,14 +32,6 @@ FLAGS = {
 RUNNING, PROMPTS = "vllm:num_requests_running", "vllm:prompt_tokens_total"
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("llama")
-    model = tiny_models.make("llama", folder)
-    tiny_models.add_tokenizer(folder)
-    return model
-
-
 def flags(**infllm: float) -> list[str]:
     given = [flag for name, value in FLAGS.items() for flag in (f"--{name}", str(value))]
     return ["--enforce-eager", *given, "--additional-config", json.dumps({"infllm": {**INFLLM, **infllm}})]
@@ -86,12 +78,12 @@ def assert_ended(server: Server, status: int, shared_memory: set[Path], since: f
     "title, words",
     [("VLLM::Worker", "died unexpectedly"), ("VLLM::EngineCore", "engine core exited unexpectedly")],
 )
-def test_a_process_killed_under_load(title: str, words: str, llama: str, tmp_path: Path) -> None:
+def test_a_process_killed_under_load(title: str, words: str, llama_with_tokenizer: str, tmp_path: Path) -> None:
     """Eight clients, four of them running, in prefill or beyond it: each gets an error instead of waiting for ever.
 
     The status is vLLM's: its API server ends by itself when its engine is dead, with 0.
     """
-    with serve(llama, tmp_path, *flags()) as server, asked(server, [8000] * 8) as connections:
+    with serve(llama_with_tokenizer, tmp_path, *flags()) as server, asked(server, [8000] * 8) as connections:
         server.wait_for(lambda: server.metric(RUNNING) == 4)
         (victim,), shared_memory, since = server.processes(title), server.shared_memory(), time.monotonic()
         assert shared_memory
@@ -107,12 +99,14 @@ def test_a_process_killed_under_load(title: str, words: str, llama: str, tmp_pat
     [(signal.SIGTERM, [8000] * 8), (signal.SIGINT, [28_000])],
     ids=["SIGTERM under load", "SIGINT in mid-prefill"],
 )
-def test_a_signal_while_requests_run(signum: signal.Signals, prompts: list[int], llama: str, tmp_path: Path) -> None:
+def test_a_signal_while_requests_run(
+    signum: signal.Signals, prompts: list[int], llama_with_tokenizer: str, tmp_path: Path
+) -> None:
     """Engine core and worker end at once.
 
     vLLM's API server ends when its clients have hung up: it tells them nothing, and waits for them without limit.
     """
-    with serve(llama, tmp_path, *flags()) as server, asked(server, prompts) as connections:
+    with serve(llama_with_tokenizer, tmp_path, *flags()) as server, asked(server, prompts) as connections:
         server.wait_for(lambda: server.metric(RUNNING) == min(4, len(prompts)))
         shared_memory, since = server.shared_memory(), time.monotonic()
         assert shared_memory
@@ -125,10 +119,10 @@ def test_a_signal_while_requests_run(signum: signal.Signals, prompts: list[int],
         assert server.lines("stopping engine client mode=abort")
 
 
-def test_requests_finish_within_the_shutdown_timeout(llama: str, tmp_path: Path) -> None:
+def test_requests_finish_within_the_shutdown_timeout(llama_with_tokenizer: str, tmp_path: Path) -> None:
     """SIGTERM while requests run with vLLM's --shutdown-timeout: complete answers, and then the end at once."""
     with (
-        serve(llama, tmp_path, *flags(), "--shutdown-timeout", "60") as server,
+        serve(llama_with_tokenizer, tmp_path, *flags(), "--shutdown-timeout", "60") as server,
         asked(server, [20_000, 3000], max_tokens=400) as connections,
     ):
         server.wait_for(lambda: server.metric(RUNNING) >= 1)
@@ -148,13 +142,15 @@ def test_requests_finish_within_the_shutdown_timeout(llama: str, tmp_path: Path)
     [([signal.SIGTERM, signal.SIGTERM], "Starting to load model"), ([signal.SIGINT], "host units")],
     ids=["SIGTERM", "SIGINT"],
 )
-def test_a_signal_during_startup(signals: list[signal.Signals], moment: str, llama: str, tmp_path: Path) -> None:
+def test_a_signal_during_startup(
+    signals: list[signal.Signals], moment: str, llama_with_tokenizer: str, tmp_path: Path
+) -> None:
     """Before the memory plan, and after it.
 
     vLLM's API server loses the first SIGTERM that comes while it waits for the engine core (its `zmq_socket_ctx` takes
     the exception for its own); the second ends it. SIGINT takes effect when the engine is ready.
     """
-    with serve(llama, tmp_path, *flags(), wait=False) as server:
+    with serve(llama_with_tokenizer, tmp_path, *flags(), wait=False) as server:
         server.wait_for(lambda: bool(server.lines(moment)))
         shared_memory, since = server.shared_memory(), time.monotonic()
         for signum in signals:
@@ -163,10 +159,10 @@ def test_a_signal_during_startup(signals: list[signal.Signals], moment: str, lla
         assert_ended(server, -signal.SIGINT, shared_memory, since)
 
 
-def test_host_memory_that_cannot_be_had(llama: str, tmp_path: Path) -> None:
+def test_host_memory_that_cannot_be_had(llama_with_tokenizer: str, tmp_path: Path) -> None:
     """More than `ulimit -v` leaves: one message that names the field, its value and the remedy, and the server ends."""
     message = '--additional-config "infllm": host_memory_gib=15.0 is more than'
-    with serve(llama, tmp_path, *flags(host_memory_gib=15.0), wait=False, limit=12 << 30) as server:
+    with serve(llama_with_tokenizer, tmp_path, *flags(host_memory_gib=15.0), wait=False, limit=12 << 30) as server:
         server.wait_for(lambda: bool(server.lines(message)))
         shared_memory, since = server.shared_memory(), time.monotonic()
         assert_ended(server, 1, shared_memory, since)

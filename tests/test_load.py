@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import pytest
 
 from benchmarks.load import ENV, Answered, Asked, Load, Report, Round, Watch, put, server_flags
-from tests import tiny_models
 from vllm_infllm.tools.server import Server
 
 LOAD = Load(requests=40, shortest=32, longest=2000, answer=200)
@@ -18,14 +17,7 @@ UNITS = (LOAD.longest + LOAD.answer - 128) // 32 + 2
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("llama")
-    tiny_models.add_tokenizer(folder)
-    return tiny_models.make("llama", folder)
-
-
-@pytest.fixture(scope="module")
-def server(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(llama_with_tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Prompts advance beside each other, in chunks, so that units run out in the middle of them, too."""
     infllm = {
         "n_init": 32,
@@ -42,13 +34,15 @@ def server(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
             patch.setenv(name, value)
         # Tests with engines keep theirs in one process.
         patch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
-        with Server("server", [model, *server_flags(LOAD), *flags, additional], log, start_seconds=400) as server:
+        with Server(
+            "server", [llama_with_tokenizer, *server_flags(LOAD), *flags, additional], log, start_seconds=400
+        ) as server:
             yield server
 
 
-def test_under_load(server: Server, model: str) -> None:
+def test_under_load(server: Server, llama_with_tokenizer: str) -> None:
     """Waiting, preempted, left alone: the rest completes, answers as alone, and gives back all; memory is flat."""
-    report = asyncio.run(put(server, model, LOAD, rounds=4, samples=20))
+    report = asyncio.run(put(server, llama_with_tokenizer, LOAD, rounds=4, samples=20))
     assert not report.broken(), report.lines()
     assert len(report.answered) + sum(round_.left for round_ in report.rounds) == 4 * LOAD.requests
     assert len(report.compared) == 20

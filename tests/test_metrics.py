@@ -29,11 +29,8 @@ DASHBOARD = Path(__file__).parents[1] / "examples" / "grafana" / "infllm.json"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(llama_with_tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A tiny model with residency caches and 75 units: enough for one request of 2048 tokens, and some more."""
-    folder = tmp_path_factory.mktemp("llama")
-    model = tiny_models.make("llama", folder, max_position_embeddings=4096)
-    tiny_models.add_tokenizer(folder)
     gib = (CAPACITY + 0.5) * LAYERS * (BLOCK_BYTES + REPRESENTATIVE_BYTES) / 2**30
     infllm = {
         "n_init": N_INIT,
@@ -46,8 +43,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     sizes = {"block-size": BLOCK, "max-model-len": MAX_LEN, "max-num-batched-tokens": 256, "max-num-seqs": 4}
     flags = [flag for name, value in sizes.items() for flag in (f"--{name}", str(value))]
     with serve(
-        model,
-        folder,
+        llama_with_tokenizer,
+        tmp_path_factory.mktemp("server"),
         *flags,
         "--dtype=float32",
         "--enforce-eager",
@@ -234,13 +231,13 @@ def test_requests_that_wait_for_units_are_counted(server: Server) -> None:
 
     async def ask() -> float:
         async with client(server) as api:
-            answers = [asyncio.create_task(answer(api, 1500, 200, seed)) for seed in range(3)]
+            answers = [asyncio.create_task(answer(api, 1500, 400, seed)) for seed in range(3)]
             most = 0.0
             while not answers[0].done() and not answers[1].done() and not answers[2].done():
                 read = await asyncio.to_thread(metrics, server)
                 if read["units_in_use"] > CAPACITY - stored_blocks(1500):
                     most = max(most, read["requests_waiting_for_units"])
-            assert await asyncio.gather(*answers) == [200] * 3
+            assert await asyncio.gather(*answers) == [400] * 3
         return most
 
     assert asyncio.run(ask()) == 2

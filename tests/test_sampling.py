@@ -23,22 +23,16 @@ LONG, OTHER, SHORT = tiny_models.tokens(600, seed=1), tiny_models.tokens(411, se
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("llama")
-    tiny_models.add_tokenizer(folder)
-    return tiny_models.make("llama", folder)
-
-
-@pytest.fixture(scope="module")
-def stock_beams(llama: str) -> list[tuple[list[int], float]]:
+def stock_beams(llama_with_tokenizer: str) -> list[tuple[list[int], float]]:
     """Before the engine of the other tests: no two live in one process at a time."""
-    with engine(llama, **FLAGS, kv_cache_memory_bytes=1 << 24) as llm:
+    with engine(llama_with_tokenizer, **FLAGS, kv_cache_memory_bytes=1 << 24) as llm:
         return beams(llm, SHORT, max_tokens=N_LOCAL - len(SHORT))
 
 
 @pytest.fixture(scope="module")
-def shared(llama: str, stock_beams: Any) -> Iterator[Any]:
-    with infllm_engine(llama, {**SIZES, "host_memory_gib": UNITS * UNIT_BYTES / 2**30}, **FLAGS) as llm:
+def shared(llama_with_tokenizer: str, stock_beams: Any) -> Iterator[Any]:
+    infllm = {**SIZES, "host_memory_gib": UNITS * UNIT_BYTES / 2**30}
+    with infllm_engine(llama_with_tokenizer, infllm, **FLAGS) as llm:
         assert manager(llm).pool.num_units == UNITS
         yield llm
 

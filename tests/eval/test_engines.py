@@ -46,6 +46,8 @@ def test_perplexity_differs_only_beyond_the_window(results: dict[tuple[str, str]
         [record["nll"] for record in results["perplexity", backend]] for backend in ("full", "streaming", "infllm-peak")
     )
     assert len(full) == 4 and all(1 < nll < 6 for nll in full)
-    assert streaming[0] == pytest.approx(full[0], abs=1e-4) == infllm[0]
-    assert all(abs(ours - theirs) > 1e-3 for ours, theirs in zip(streaming[2:], full[2:], strict=True))
-    assert max(abs(ours - theirs) for ours, theirs in zip(streaming[2:], infllm[2:], strict=True)) > 1e-3
+    assert streaming[0] == pytest.approx(full[0], abs=1e-5)
+    assert all(abs(ours - theirs) > 1e-3 for ours, theirs in zip(streaming[1:], full[1:], strict=True))
+    # The first unit is sealed at 128 + 128 + 256 tokens.
+    assert infllm[:2] == streaming[:2]
+    assert all(abs(ours - theirs) > 1e-4 for ours, theirs in zip(infllm[2:], streaming[2:], strict=True))

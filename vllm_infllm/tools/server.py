@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import psutil
 
@@ -94,14 +95,11 @@ class Server:
 
     def metric(self, name: str, label: str | None = None) -> float:
         """The sum of a metric of its Prometheus endpoint, or of a label's values; 0 if it is not told."""
-        from prometheus_client.parser import text_string_to_metric_families
-
         try:
-            text = self._metrics_text()
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            samples = [sample for sample in self._samples() if sample.name == name]
+        except OSError:
             return 0.0
-        samples = [s for family in text_string_to_metric_families(text) for s in family.samples if s.name == name]
-        return sum(float(s.labels[label] if label else s.value) for s in samples)
+        return sum(float(sample.labels[label] if label else sample.value) for sample in samples)
 
     def metrics(self) -> dict[str, float]:
         """Every metric of its Prometheus endpoint, by the name in the text, summed over labels.
@@ -110,20 +108,20 @@ class Server:
             OSError: if it does not answer.
         """
         found: dict[str, float] = {}
-        for line in self._metrics_text().splitlines():
-            if not line.startswith("#"):
-                name, value = line.partition("{")[0].partition(" ")[0], line.rpartition(" ")[2]
-                found[name] = found.get(name, 0.0) + float(value)
+        for sample in self._samples():
+            found[sample.name] = found.get(sample.name, 0.0) + sample.value
         return found
 
     def processes(self, word: str) -> list[psutil.Process]:
         """Those of its processes whose command line or title has `word`."""
         return [p for p in psutil.Process(self._process.pid).children(recursive=True) if word in " ".join(p.cmdline())]
 
-    def _metrics_text(self) -> str:
+    def _samples(self) -> list[Any]:
+        from prometheus_client.parser import text_string_to_metric_families
+
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as response:
-            text: str = response.read().decode()
-        return text
+            families = text_string_to_metric_families(response.read().decode())
+        return [sample for family in families for sample in family.samples]
 
     def _wait_until_up(self) -> None:
         deadline = time.monotonic() + self._start_seconds
