@@ -170,9 +170,14 @@ def test_gauges_follow_a_running_request(server: Server) -> None:
             assert await running == answer_len
         return [pair for pair in seen if pair != (0, 0)]
 
-    seen = asyncio.run(ask())
-    assert len(set(seen)) >= 3 and set(seen) <= set(steps)
-    assert [units for units, _ in seen] == sorted(units for units, _ in seen)
+    # How many steps are seen of one request depends on how busy the machine is.
+    all_seen, deadline = set(), time.monotonic() + 120
+    while len(all_seen) < 3:
+        assert time.monotonic() < deadline, all_seen
+        seen = asyncio.run(ask())
+        assert set(seen) <= set(steps)
+        assert [units for units, _ in seen] == sorted(units for units, _ in seen)
+        all_seen |= set(seen)
     assert settled(server)["units_in_use"] == 0
 
 
@@ -229,18 +234,23 @@ def test_a_mistyped_trace_argument_is_refused_over_http(server: Server) -> None:
 def test_requests_that_wait_for_units_are_counted(server: Server) -> None:
     """Three requests of 1500 tokens need 42 units each and more while they answer; of 75, one can run."""
 
-    async def ask() -> float:
+    async def ask() -> set[float]:
         async with client(server) as api:
             answers = [asyncio.create_task(answer(api, 1500, 400, seed)) for seed in range(3)]
-            most = 0.0
-            while not answers[0].done() and not answers[1].done() and not answers[2].done():
+            waiting = set()
+            while not any(answer.done() for answer in answers):
                 read = await asyncio.to_thread(metrics, server)
                 if read["units_in_use"] > CAPACITY - stored_blocks(1500):
-                    most = max(most, read["requests_waiting_for_units"])
+                    waiting.add(read["requests_waiting_for_units"])
             assert await asyncio.gather(*answers) == [400] * 3
-        return most
+        return waiting
 
-    assert asyncio.run(ask()) == 2
+    # On a busy machine all can be over between two looks, or the last come when the first is nearly done.
+    seen, deadline = set[float](), time.monotonic() + 120
+    while 2 not in seen:
+        assert time.monotonic() < deadline, seen
+        seen |= asyncio.run(ask())
+        assert seen <= {0, 1, 2}
     assert settled(server)["requests_waiting_for_units"] == 0
 
 
