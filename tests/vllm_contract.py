@@ -285,6 +285,25 @@ vllm.exceptions:VLLMValidationError -- the one that becomes HTTP 400
 vllm.sampling_params:SamplingParams -- the argument
     has extra_args n
 
+# stopping a server: stopping.py
+
+vllm.v1.engine.async_llm:AsyncLLM -- its shutdown tells clients
+    overrides shutdown(self, timeout)
+    has vllm_config output_handler output_processor
+vllm.v1.engine.async_llm:AsyncLLM.shutdown -- what is left is over before clients are told
+    does engine_core.shutdown, cancel_task_threadsafe
+vllm.v1.engine.output_processor:OutputProcessor -- whom to tell
+    calls get_num_unfinished_requests(self)
+    calls propagate_error(self, e)
+vllm.exceptions:GracefulHTTPError -- the one that becomes an HTTP status
+    calls GracefulHTTPError(message, http_status)
+vllm.entrypoints.launchers.launcher:serve_http -- engine first, clients then; handlers that replace ours
+    says loop.add_signal_handler(signal.SIGINT, signal_handler)
+    says loop.add_signal_handler(signal.SIGTERM, signal_handler)
+    says partial(engine_client.shutdown, timeout=timeout)
+vllm.entrypoints.launchers.api_server.entry:run_server -- the handler that ours replaces during startup
+    says signal.signal(signal.SIGTERM, _interrupt_init)
+
 # the worker: worker/
 
 vllm.v1.worker.gpu_worker:Worker -- InfLLMGPUWorker

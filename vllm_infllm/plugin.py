@@ -1,4 +1,4 @@
-"""The entry point, and everything of vLLM that is wrapped or replaced at run time.
+"""The entry point, and everything of vLLM that is wrapped or replaced at run time (how a server stops: stopping.py).
 
 Read in vLLM 0.32.0 and 0.33.0. vLLM calls `register` in every process it starts (API server, engine core, workers).
 
@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from vllm_infllm import __version__, ops
+from vllm_infllm import __version__, ops, stopping
 from vllm_infllm.config import DEFAULT_BLOCK_SIZE, KEY, ConfigError, InfLLMConfig, explain_shrinking, resolve
 from vllm_infllm.memory import trace
 from vllm_infllm.ops import local_attention
@@ -141,6 +141,7 @@ def _complete_engine_args() -> None:
         _check_config(vllm_config)
         _warn_of_waiting_prompts(vllm_config)
         _complete_config(vllm_config)
+        stopping.prepare(CONNECTOR)
         return vllm_config
 
     @functools.wraps(create_model_config)

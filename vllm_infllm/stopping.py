@@ -1,0 +1,95 @@
+"""Stopping a server: clients are told, signals during startup take effect, temporary files go. What vLLM leaves undone.
+
+All of it is set up where an engine's configuration is made, so only in the process that serves.
+"""
+
+import atexit
+import functools
+import os
+import shutil
+import signal
+import tempfile
+from http import HTTPStatus
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+STARTING = "vllm.entrypoints.launchers.api_server.entry"
+"""The module of `vllm serve` whose signal handler is there until the server answers."""
+LONGEST_TEMPORARY = 107 - len("/vllm-12345678/") - 36
+"""Length of a directory for temporary files in which one of ours can hold a socket, which vLLM names by a UUID."""
+
+
+def prepare(connector: str) -> None:
+    """Before an engine is made that has this KV connector; once or again."""
+    _wrap_shutdown(connector)
+    if getattr(signal.getsignal(signal.SIGTERM), "__module__", None) == STARTING:
+        _heed_signals()
+        _keep_temporary_files_together()
+
+
+def _wrap_shutdown(connector: str) -> None:
+    """Let the shutdown of an engine with this KV connector end the requests that it leaves behind, with HTTP 503.
+
+    vLLM's API server waits for its clients without limit, and they for answers that no engine gives any more.
+    """
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    original = AsyncLLM.shutdown
+    if getattr(original, "_infllm", False):
+        return
+
+    @functools.wraps(original)
+    def shutdown(self: "AsyncLLM", timeout: float | None = None) -> None:
+        original(self, timeout=timeout)
+        transfer, handler = self.vllm_config.kv_transfer_config, self.output_handler
+        if transfer is None or transfer.kv_connector != connector or handler is None:
+            return
+        loop = handler.get_loop()
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(_end_requests, self)  # vLLM calls this from a thread
+
+    shutdown._infllm = True  # type: ignore[attr-defined]
+    AsyncLLM.shutdown = shutdown
+
+
+def _end_requests(engine: "AsyncLLM") -> None:
+    """Those that still come are refused by vLLM."""
+    from vllm.exceptions import GracefulHTTPError
+    from vllm.logger import init_logger
+
+    left = engine.output_processor.get_num_unfinished_requests()
+    if left:
+        init_logger(f"vllm.{__name__}").info("InfLLM: the server stops, %d requests end with HTTP 503.", left)
+        message = "The server stops and cannot finish this request: send it again later, or to another one."
+        engine.output_processor.propagate_error(GracefulHTTPError(message, HTTPStatus.SERVICE_UNAVAILABLE))
+
+
+def _heed_signals() -> None:
+    """Let SIGTERM and SIGINT end the server while it waits for its engine, with status 128 + signal.
+
+    vLLM raises KeyboardInterrupt at SIGTERM, which its wait for the engine takes for its own, and leaves SIGINT to the
+    event loop, which looks at it when the engine is ready. Once the server answers, its own handlers replace these.
+    """
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, _end_startup)
+
+
+def _end_startup(signum: int, frame: FrameType | None) -> NoReturn:
+    from vllm.logger import init_logger
+
+    init_logger(f"vllm.{__name__}").info("InfLLM: %s during startup, the server stops.", signal.Signals(signum).name)
+    raise SystemExit(128 + signum)
+
+
+def _keep_temporary_files_together() -> None:
+    """Give this process and those that it starts a directory for temporary files that goes with this process.
+
+    vLLM kills its engine core even when it stops in order, and leaves the sockets and files of all of them.
+    """
+    if len(tempfile.gettempdir()) <= LONGEST_TEMPORARY:
+        folder = tempfile.mkdtemp(prefix="vllm-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ["TMPDIR"] = tempfile.tempdir = folder
