@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.gpu import build_cuda
 from tests.gpu.machine_code import Code
@@ -24,6 +25,7 @@ def code(**different: Any) -> Code:
     usual: dict[str, Any] = {
         "kernel": "attend_prefill",
         "head_size": 128,
+        "dtype": torch.bfloat16,
         "arch": 90,
         "warps": 8,
         "registers": 128,
@@ -58,7 +60,7 @@ def test_instructions_are_counted() -> None:
 def test_faults_are_named(different: dict[str, Any], fault: str) -> None:
     """Spills, stack, a block of threads that does not fit, and instructions that are missing."""
     (found,) = code(**different).faults()
-    assert found.startswith("attend_prefill, head size 128, sm_") and fault in found
+    assert found.startswith("attend_prefill, head size 128, bfloat16, sm_") and fault in found
 
 
 @pytest.mark.parametrize(

@@ -43,9 +43,9 @@ class Shape:
     stages: int
 
 
-HALF = {64: Shape(64, 32, 4, 3), 128: Shape(64, 32, 4, 3), 256: Shape(32, 16, 4, 3)}
+HALF = {64: Shape(64, 32, 4, 3), 128: Shape(64, 16, 4, 3), 256: Shape(32, 16, 4, 3)}
 """By the head size of a tile, in 16 bits."""
-FLOAT = {64: Shape(32, 16, 4, 2), 128: Shape(32, 16, 4, 2), 256: Shape(16, 16, 4, 2)}
+FLOAT = {64: Shape(32, 32, 4, 2), 128: Shape(32, 16, 4, 2), 256: Shape(16, 16, 8, 2)}
 
 
 def split_tokens(call: Call) -> int:

@@ -42,9 +42,9 @@ class Shape:
     stages: int
 
 
-HALF = {64: Shape(128, 64, 32, 8, 3), 128: Shape(128, 64, 32, 8, 3), 256: Shape(64, 32, 16, 8, 2)}
+HALF = {64: Shape(128, 64, 32, 8, 3), 128: Shape(128, 64, 16, 8, 3), 256: Shape(64, 32, 16, 8, 2)}
 """By the head size of a tile, in 16 bits."""
-FLOAT = {64: Shape(32, 32, 16, 4, 2), 128: Shape(32, 32, 16, 4, 2), 256: Shape(16, 16, 16, 4, 1)}
+FLOAT = {64: Shape(32, 32, 16, 4, 2), 128: Shape(32, 32, 16, 8, 2), 256: Shape(16, 16, 16, 8, 2)}
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class Shape:
 
 HALF = {64: Shape(128, 64, 8, 3), 128: Shape(128, 64, 8, 3), 256: Shape(64, 32, 4, 3)}
 """By the head size of a tile, in 16 bits."""
-FLOAT = {64: Shape(32, 32, 4, 2), 128: Shape(32, 32, 4, 2), 256: Shape(16, 16, 4, 2)}
+FLOAT = {64: Shape(32, 32, 4, 2), 128: Shape(64, 16, 8, 2), 256: Shape(16, 16, 4, 2)}
 
 
 def accumulate(call: Call, lse: torch.Tensor) -> None:

@@ -19,6 +19,8 @@ OFFSET, START, END = (tl.constexpr(int(column)) for column in (Row.OFFSET, Row.S
 EDGE, TABLE, ACCUMULATE = (tl.constexpr(int(column)) for column in (Row.EDGE, Row.TABLE, Row.ACCUMULATE))
 Shape = TypeVar("Shape")
 LOG2E = tl.constexpr(math.log2(math.e))
+FLOAT32 = tl.constexpr("tf32x3")
+"""Float32 products as three of tensor cores: errors of some 2 ** -21, and registers for a fraction of the operands."""
 LOWEST = tl.constexpr(-1e30)
 """Below any score, and finite: the difference of two of them is a number."""
 
@@ -177,7 +179,7 @@ def written_tile_at(
 @triton.jit
 def scores_of(query: tl.tensor, key: tl.tensor) -> tl.tensor:
     """[M, N], not scaled."""
-    return tl.dot(query, tl.trans(key), input_precision="ieee")
+    return tl.dot(query, tl.trans(key), input_precision=FLOAT32)
 
 
 @triton.jit
@@ -192,5 +194,5 @@ def softmax_step(
     weight = tl.exp2(scores * scale - higher[:, None])
     shrink = tl.exp2(highest - higher)
     total = total * shrink + tl.sum(weight, 1)
-    attended = tl.dot(weight.to(value.dtype), value, attended * shrink[:, None], input_precision="ieee")
+    attended = tl.dot(weight.to(value.dtype), value, attended * shrink[:, None], input_precision=FLOAT32)
     return attended, total, higher
