@@ -40,9 +40,9 @@ RUNS: dict[str, list[str]] = {
         for text in PROSE
     },
     "grass": [
-        "passkey --lengths 4k --samples 5 --backends infllm,streaming,full",
+        "passkey --lengths 4k --samples 5 --backends full",
         "passkey --lengths 4k,8k,16k --samples 5",
-        "passkey --lengths 8k,16k --backends streaming,full",
+        "passkey --lengths 4k,8k,16k --backends streaming,full",
         "passkey --lengths 32k,64k --depths 3 --backends infllm,streaming",
     ],
 }

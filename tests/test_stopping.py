@@ -1,0 +1,53 @@
+"""Where a server's temporary files lie; what else stopping does is in test_faults.py."""
+
+import atexit
+import os
+import shutil
+import socket
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from vllm_infllm import stopping
+
+
+@pytest.fixture
+def directory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Path]]:
+    """Makes a directory whose name has so many characters, for temporary files."""
+    root = tempfile.mkdtemp(prefix="infllm-", dir="/tmp")
+
+    def make(length: int) -> Path:
+        folder = Path(root, "x" * (length - len(root) - 1))
+        folder.mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+        monkeypatch.setenv("TMPDIR", str(folder))
+        return folder
+
+    yield make
+    shutil.rmtree(root)
+
+
+def test_temporary_files_go_with_the_server(directory: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the longest directory in which a socket, named by a UUID, still fits."""
+    at_exit: list[Callable[[], object]] = []
+    monkeypatch.setattr(atexit, "register", lambda run, *args, **kwargs: at_exit.append(lambda: run(*args, **kwargs)))
+    folder = directory(stopping.LONGEST_TEMPORARY)
+    stopping._keep_temporary_files_together()
+    ours = Path(os.environ["TMPDIR"])
+    assert ours.parent == folder and tempfile.gettempdir() == str(ours)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(ours / str(uuid.uuid4())))
+    assert list(ours.iterdir())
+    for run in at_exit:
+        run()
+    assert not list(folder.iterdir())
+
+
+def test_no_socket_name_becomes_too_long(directory: Callable[[int], Path]) -> None:
+    folder = directory(stopping.LONGEST_TEMPORARY + 1)
+    stopping._keep_temporary_files_together()
+    assert os.environ["TMPDIR"] == tempfile.gettempdir() == str(folder)
+    assert not list(folder.iterdir())
