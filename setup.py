@@ -84,6 +84,7 @@ cpu_kernels = CppExtension(
         "-fno-trapping-math",
         "-Wall",
         "-Wno-psabi",
+        "-Wno-maybe-uninitialized",  # of intrinsics that begin with any value, in GCC 12's own header
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
         f'-DINFLLM_VERSION="{version()}"',
         *os.environ.get("INFLLM_CXXFLAGS", "").split(),

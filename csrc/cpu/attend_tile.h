@@ -88,6 +88,18 @@ inline void load_queries(const AttendArgs& args, const AttendItem& item, Queries
   }
 }
 
+/// The keys (wherever they were un-rotated to) and the values of a tile; the next tile lies ahead.
+template <class T>
+inline Panels<T> key_panels(const Sizes& z, const Tile<T>& tile, const T* keys, const Tile<T>& next) {
+  const int64_t ahead = (const char*)next.keys - (const char*)keys;
+  return {keys + tile.begin * z.head_size, kPanel * z.head_size, tile.panels(), ahead};
+}
+template <class T>
+inline Panels<T> value_panels(const Sizes& z, const Tile<T>& tile, const Tile<T>& next) {
+  const int64_t ahead = (const char*)next.values - (const char*)tile.values;
+  return {tile.values + tile.begin * kPanel, z.block_size * kPanel, z.head_size / kPanel, ahead};
+}
+
 /// How an item multiplies: float32 arithmetic, with tiles of other types expanded once if many rows share them.
 template <class T>
 class Products {
@@ -95,28 +107,29 @@ class Products {
   Products(const AttendArgs& args, int64_t m, Queries queries, float* scratch)
       : z_(args.sizes), m_(m), queries_(queries), keys_(scratch), values_(scratch + kTileTokens * z_.head_size) {}
 
-  /// scores [m, stride] of the tile's columns, from its first.
-  void scores(const Tile<T>& tile, const T* keys, float* scores, int64_t stride) {
+  /// scores [m, stride] of the tile's columns, from its first; `next` is the tile that follows.
+  void scores(const Tile<T>& tile, const T* keys, const Tile<T>& next, float* scores, int64_t stride) {
     const float* q = tile.far ? queries_.far : queries_.near;
-    const T* from = keys + tile.begin * z_.head_size;
-    const int64_t panel = kPanel * z_.head_size;
+    const Panels<T> from = key_panels(z_, tile, keys, next);
     if (expands()) {
-      expand(from, panel, keys_, panel, tile.panels(), z_.head_size);
-      product(q, z_.head_size, m_, keys_, panel, tile.panels(), z_.head_size, scores, stride, false);
+      expand(from.first, from.stride, keys_, from.stride, from.count, z_.head_size);
+      const Panels<float> expanded{keys_, from.stride, from.count, 0};
+      product(q, z_.head_size, m_, expanded, z_.head_size, scores, stride, false);
     } else {
-      product(q, z_.head_size, m_, from, panel, tile.panels(), z_.head_size, scores, stride, false);
+      product(q, z_.head_size, m_, from, z_.head_size, scores, stride, false);
     }
   }
 
   /// output [m, head_size] += probabilities [m, stride] times the tile's values.
-  void values(const Tile<T>& tile, const float* probabilities, int64_t stride, float* output) {
-    const T* from = tile.values + tile.begin * kPanel;
-    const int64_t count = tile.end - tile.begin, panels = z_.head_size / kPanel, panel = z_.block_size * kPanel;
+  void values(const Tile<T>& tile, const Tile<T>& next, const float* probabilities, int64_t stride, float* output) {
+    const Panels<T> from = value_panels(z_, tile, next);
+    const int64_t count = tile.end - tile.begin;
     if (expands()) {
-      expand(from, panel, values_, kTileTokens * kPanel, panels, count);
-      product(probabilities, stride, m_, values_, kTileTokens * kPanel, panels, count, output, z_.head_size, true);
+      expand(from.first, from.stride, values_, kTileTokens * kPanel, from.count, count);
+      const Panels<float> expanded{values_, kTileTokens * kPanel, from.count, 0};
+      product(probabilities, stride, m_, expanded, count, output, z_.head_size, true);
     } else {
-      product(probabilities, stride, m_, from, panel, panels, count, output, z_.head_size, true);
+      product(probabilities, stride, m_, from, count, output, z_.head_size, true);
     }
   }
 
@@ -138,17 +151,15 @@ class Products<bf16> {
     round_rows(queries.near, m * z_.head_size, near_);
     round_rows(queries.far, m * z_.head_size, far_);
   }
-  void scores(const Tile<bf16>& tile, const bf16* keys, float* scores, int64_t stride) {
+  void scores(const Tile<bf16>& tile, const bf16* keys, const Tile<bf16>& next, float* scores, int64_t stride) {
     const bf16* q = tile.far ? far_ : near_;
-    dot_product(q, z_.head_size, m_, keys + tile.begin * z_.head_size, kPanel * z_.head_size, tile.panels(),
-                z_.head_size, scores, stride, false);
+    dot_product(q, z_.head_size, m_, key_panels(z_, tile, keys, next), z_.head_size, scores, stride, false);
   }
-  void values(const Tile<bf16>& tile, const float* probabilities, int64_t stride, float* output) {
-    const int64_t count = tile.end - tile.begin;
+  void values(const Tile<bf16>& tile, const Tile<bf16>& next, const float* probabilities, int64_t stride,
+              float* output) {
     for (int64_t r = 0; r < m_; ++r)
       round_rows(probabilities + r * stride, tile.panels() * kPanel, p_ + r * kTileTokens);
-    dot_product(p_, kTileTokens, m_, tile.values + tile.begin * kPanel, z_.block_size * kPanel, z_.head_size / kPanel,
-                count, output, z_.head_size, true);
+    dot_product(p_, kTileTokens, m_, value_panels(z_, tile, next), tile.end - tile.begin, output, z_.head_size, true);
   }
 
  private:
@@ -186,17 +197,9 @@ inline float soften(float* scores, int64_t columns, int64_t low, int64_t high, f
   return shrink;
 }
 
-/// Items of so few rows wait for memory rather than for arithmetic.
-constexpr int64_t kFewRows = 6;
-/// Ask for the beginning of what is read next; its further lines are asked for on the way (see product.h).
 template <class T>
-inline void fetch_start(const T* next, int64_t count) {
-  const int64_t most = 8192 / sizeof(T);
-  for (int64_t i = 0; i < count && i < most; i += 64 / sizeof(T)) __builtin_prefetch(next + i);
-}
-
-template <class T>
-void attend(const AttendArgs& args, const AttendItem& item, const Tiles& tiles, const Partial& out, float* scratch) {
+void attend(const AttendArgs& args, const AttendItem& item, const Tiles& tiles, const AttendItem& then,
+            const Tiles& then_tiles, const Partial& out, float* scratch) {
   const Sizes& z = args.sizes;
   const int64_t group = z.group(), m = (item.last - item.first) * group, size = z.head_size;
   const float scale = args.scale * 1.44269504088896341f;  // log2(e): exponentials are powers of two
@@ -227,8 +230,9 @@ void attend(const AttendArgs& args, const AttendItem& item, const Tiles& tiles, 
     const bool kept = tile.local && out.kept;
     float* scores = kept ? out.kept + index * m * tiles.width : own_scores;
     const int64_t stride = kept ? tiles.width : kTileTokens, columns = tile.end - tile.begin;
-    if (m <= kFewRows) fetch_start(tile.values, size * z.block_size);
-    products.scores(tile, keys, scores, stride);
+    const Tile<T> next = index + 1 < item.tile_end ? tile_at<T>(args, item, tiles, index + 1)
+                                                   : tile_at<T>(args, then, then_tiles, then.tile_begin);
+    products.scores(tile, keys, next, scores, stride);
     for (int64_t r = 0; r < m; ++r) {
       const int64_t t = item.first + r / group;
       float total;
@@ -242,9 +246,7 @@ void attend(const AttendArgs& args, const AttendItem& item, const Tiles& tiles, 
       if (out.tile_sum && index >= tiles.num_local + tiles.num_edge)
         out.tile_sum[(index - tiles.num_local - tiles.num_edge) * m + r] = total;
     }
-    if (m <= kFewRows && index + 1 < item.tile_end)
-      fetch_start(tile_at<T>(args, item, tiles, index + 1).keys, tiles.width * size);
-    products.values(tile, scores, stride, out.output);
+    products.values(tile, next, scores, stride, out.output);
   }
 }
 

@@ -1,6 +1,6 @@
 // Products of bfloat16 pairs, summed in float32, by AVX-512's dot-product instruction.
 #pragma once
-#include "vector.h"
+#include "product.h"
 
 namespace infllm {
 namespace {
@@ -33,15 +33,16 @@ inline UVec splat_pair(const bf16* pair) {
 }
 
 template <int RM, int P>
-inline void dot_block(const bf16* a, int64_t a_stride, const bf16* b, int64_t panel_stride, int64_t k, float* c,
-                      int64_t c_stride, bool add) {
+inline void dot_block(const bf16* a, int64_t a_stride, const Panels<bf16>& b, int64_t k, float* c, int64_t c_stride,
+                      bool add) {
   Vec acc[RM][P];
   for (int r = 0; r < RM; ++r)
     for (int p = 0; p < P; ++p) acc[r][p] = add ? load(c + r * c_stride + p * kPanel) : Vec{};
   for (int64_t row = 0; row < k; row += 2) {
     UVec both[P];
     for (int p = 0; p < P; ++p) {
-      both[p] = load_bits(b + p * panel_stride + row * kPanel);
+      if constexpr (RM <= 3) fetch_rows(b.first + (row * P + 2 * p) * kPanel, b.ahead);
+      both[p] = load_bits(b.first + p * b.stride + row * kPanel);
       if (row + 1 == k) both[p] &= 0xffff;  // the partner of the last row may be uninitialized
     }
     for (int r = 0; r < RM; ++r)
@@ -52,33 +53,30 @@ inline void dot_block(const bf16* a, int64_t a_stride, const bf16* b, int64_t pa
 }
 
 template <int RM, int P>
-inline void dot_rows(const bf16*& a, int64_t a_stride, const bf16* b, int64_t panel_stride, int64_t k, float*& c,
-                     int64_t c_stride, bool add, int64_t& m) {
+inline void dot_rows(const bf16*& a, int64_t a_stride, const Panels<bf16>& b, int64_t k, float*& c, int64_t c_stride,
+                     bool add, int64_t& m) {
   for (; m >= RM; m -= RM, a += RM * a_stride, c += RM * c_stride)
-    dot_block<RM, P>(a, a_stride, b, panel_stride, k, c, c_stride, add);
+    dot_block<RM, P>(a, a_stride, b, k, c, c_stride, add);
 }
 
 template <int P>
-inline void dot_panels(const bf16* a, int64_t a_stride, int64_t m, const bf16* b, int64_t panel_stride, int64_t k,
-                       float* c, int64_t c_stride, bool add) {
+inline void dot_panels(const bf16* a, int64_t a_stride, int64_t m, const Panels<bf16>& b, int64_t k, float* c,
+                       int64_t c_stride, bool add) {
   constexpr int kRows = 24 / P;
-  dot_rows<kRows, P>(a, a_stride, b, panel_stride, k, c, c_stride, add, m);
-  if constexpr (kRows > 6) dot_rows<6, P>(a, a_stride, b, panel_stride, k, c, c_stride, add, m);
-  dot_rows<3, P>(a, a_stride, b, panel_stride, k, c, c_stride, add, m);
-  dot_rows<1, P>(a, a_stride, b, panel_stride, k, c, c_stride, add, m);
+  dot_rows<kRows, P>(a, a_stride, b, k, c, c_stride, add, m);
+  if constexpr (kRows > 6) dot_rows<6, P>(a, a_stride, b, k, c, c_stride, add, m);
+  dot_rows<3, P>(a, a_stride, b, k, c, c_stride, add, m);
+  dot_rows<1, P>(a, a_stride, b, k, c, c_stride, add, m);
 }
 
 /// C[m, panels * 16] (+)= A[m, k] B, as `product` in product.h. Where k is odd, A has one element more, of any value.
-inline void dot_product(const bf16* a, int64_t a_stride, int64_t m, const bf16* b, int64_t panel_stride, int64_t panels,
-                        int64_t k, float* c, int64_t c_stride, bool add) {
+inline void dot_product(const bf16* a, int64_t a_stride, int64_t m, const Panels<bf16>& b, int64_t k, float* c,
+                        int64_t c_stride, bool add) {
   int64_t p = 0;
   if (m <= 6)
-    for (; p + 4 <= panels; p += 4)
-      dot_panels<4>(a, a_stride, m, b + p * panel_stride, panel_stride, k, c + p * kPanel, c_stride, add);
-  for (; p + 2 <= panels; p += 2)
-    dot_panels<2>(a, a_stride, m, b + p * panel_stride, panel_stride, k, c + p * kPanel, c_stride, add);
-  for (; p < panels; ++p)
-    dot_panels<1>(a, a_stride, m, b + p * panel_stride, panel_stride, k, c + p * kPanel, c_stride, add);
+    for (; p + 4 <= b.count; p += 4) dot_panels<4>(a, a_stride, m, b.at(p), k, c + p * kPanel, c_stride, add);
+  for (; p + 2 <= b.count; p += 2) dot_panels<2>(a, a_stride, m, b.at(p), k, c + p * kPanel, c_stride, add);
+  for (; p < b.count; ++p) dot_panels<1>(a, a_stride, m, b.at(p), k, c + p * kPanel, c_stride, add);
 }
 
 }  // namespace

@@ -8,7 +8,7 @@ namespace infllm {
 constexpr int64_t kTileTokens = 128;
 /// Rows (query tokens times heads of the group) that share a key tile, where there are as many.
 constexpr int64_t kTileRows = 96;
-/// Tiles of one split. Fixed, so that results depend neither on the batch nor on the number of threads.
+/// Most tiles of one split. Fixed, so that results depend neither on the batch nor on the number of threads.
 constexpr int64_t kSplitTiles = 8;
 /// Largest head size; and room for the cosines and sines of its pairs, for the 16 tokens of a panel.
 constexpr int64_t kMaxHeadSize = 256;
@@ -42,8 +42,10 @@ struct Tiles {
 
 struct Kernels {
   void (*write)(const WriteArgs&, int64_t first, int64_t last);
+  /// then, its tiles: the item that this thread probably does next; few queries ask for its first keys and values.
   /// scratch: attend_scratch(args.sizes) floats.
-  void (*attend)(const AttendArgs&, const AttendItem&, const Tiles&, const Partial&, float* scratch);
+  void (*attend)(const AttendArgs&, const AttendItem&, const Tiles&, const AttendItem& then, const Tiles& then_tiles,
+                 const Partial&, float* scratch);
   /// Join the partial results of one row, kv head and query tile: write the output; add the attention received by each
   /// local token to received[heads of the group][stride], from the first local tile's first token on; add the mass of
   /// stored blocks to mass [num_chosen]. Both may be null.

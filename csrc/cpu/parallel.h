@@ -11,16 +11,21 @@
 
 namespace infllm {
 
-/// Call f(i) for each i in [0, count), each thread taking the next one when it is free. On the calling thread alone
-/// where `alone`, for work that is not worth waking another one.
-template <class F>
-void for_each(int64_t count, bool alone, const F& f) {
+/// Threads that share `count` pieces of work.
+inline int64_t threads_for(int64_t count, bool alone) {
 #ifdef INFLLM_STD_THREADS
   const int64_t available = 3;
 #else
   const int64_t available = torch::stable::get_num_threads();
 #endif
-  const int64_t threads = alone ? 1 : (count < available ? count : available);
+  return alone ? 1 : (count < available ? count : available);
+}
+
+/// Call f(i) for each i in [0, count), each thread taking the next one when it is free. On the calling thread alone
+/// where `alone`, for work that is not worth waking another one.
+template <class F>
+void for_each(int64_t count, bool alone, const F& f) {
+  const int64_t threads = threads_for(count, alone);
   if (threads <= 1) {
     for (int64_t i = 0; i < count; ++i) f(i);
     return;

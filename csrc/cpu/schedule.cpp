@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kTokensAPiece = 64;
 constexpr int64_t kUnitsAPiece = 128;
 /// Units whose representatives are read sooner than another thread wakes up.
-constexpr int64_t kFewUnits = 512;
+constexpr int64_t kFewUnits = 1536;
 constexpr int64_t kFewQueries = 64;
 
 int64_t pieces(int64_t count, int64_t size) { return (count + size - 1) / size; }

@@ -81,7 +81,9 @@ class Attention {
     cut();
     share_out();
     start_counters();
-    for_each(work_.size(), products_ < kWorthAThread, [this](int64_t i) { process(work_[i]); });
+    const bool alone = products_ < kWorthAThread;
+    const int64_t count = work_.size(), threads = threads_for(count, alone);
+    for_each(count, alone, [&](int64_t i) { process(work_[i], work_[std::min(i + threads, count - 1)]); });
     if (args_.mass) sum_mass();
   }
 
@@ -108,13 +110,13 @@ class Attention {
   }
 
   void cut_tile(AttendItem item, const Tiles& tiles) {
-    const int64_t step = groups_.back().split ? kSplitTiles : tiles.total();
-    for (int64_t tile = 0; tile < tiles.total(); tile += step) {
-      item.tile_begin = tile;
-      item.tile_end = std::min(tile + step, tiles.total());
+    const int64_t total = tiles.total(), splits = groups_.back().split ? (total + kSplitTiles - 1) / kSplitTiles : 1;
+    for (int64_t i = 0; i < splits; ++i) {
+      item.tile_begin = i * total / splits;
+      item.tile_end = (i + 1) * total / splits;
       work_.push_back({item, tiles, int64_t(groups_.size()) - 1, {}, nullptr, nullptr});
     }
-    products_ += 2 * rows_of(item) * tiles.total() * tiles.width * args_.sizes.head_size;
+    products_ += 2 * rows_of(item) * total * tiles.width * args_.sizes.head_size;
   }
 
   int64_t rows_of(const AttendItem& item) const { return (item.last - item.first) * args_.sizes.group(); }
@@ -156,12 +158,12 @@ class Attention {
   }
 
   /// One item; whoever does the last one of a group also joins the group.
-  void process(const Work& work) {
+  void process(const Work& work, const Work& then) {
     thread_local Scratch scratch;
     const Group& group = groups_[work.group];
     const int64_t m = rows_of(work.item), own = attend_scratch(args_.sizes);
     if (group.split) {
-      kernels_.attend(args_, work.item, work.tiles, work.partial, scratch.floats(own));
+      kernels_.attend(args_, work.item, work.tiles, then.item, then.tiles, work.partial, scratch.floats(own));
     } else {
       const bool keep = accumulates(work.item);
       Partial partial;
@@ -172,7 +174,7 @@ class Attention {
       };
       float* memory = scratch.floats(own + take(Arena(nullptr)));
       take(Arena(memory + own));
-      kernels_.attend(args_, work.item, work.tiles, partial, memory);
+      kernels_.attend(args_, work.item, work.tiles, then.item, then.tiles, partial, memory);
       finish(work, &partial, 1);
     }
     if (left_[work.group].fetch_sub(1, std::memory_order_acq_rel) == 1) join(group);

@@ -41,15 +41,24 @@ void far_sum(const SelectArgs& args, int64_t row_index, int64_t head, float* tot
   }
 }
 
+/// Units whose representatives are asked for before they are scored: their ids need not be neighbours.
+constexpr int64_t kUnitsAhead = 8;
+
 template <class T>
 void score(const SelectArgs& args, const float* query, const int64_t* units, int64_t count, float* scores) {
+  constexpr int64_t kSums = 4, kStep = kSums * kWidth, kLine = 64 / sizeof(T);
   const int64_t length = args.sizes.heads * args.sizes.head_size;
+  const T* representatives = (const T*)args.representatives;
   for (int64_t u = 0; u < count; ++u) {
-    const T* representative = (const T*)args.representatives + units[u] * length;
-    Vec total[4] = {};
-    for (int64_t i = 0; i < length; i += 16)
-      for (int j = 0; j < kVectors; ++j)
+    const T* representative = representatives + units[u] * length;
+    const T* ahead = representatives + units[u + kUnitsAhead < count ? u + kUnitsAhead : u] * length;
+    for (int64_t i = 0; i < length; i += kLine) __builtin_prefetch(ahead + i);
+    Vec total[kSums] = {};
+    int64_t i = 0;
+    for (; i + kStep <= length; i += kStep)
+      for (int64_t j = 0; j < kSums; ++j)
         total[j] += load_plain(representative + i + j * kWidth) * load(query + i + j * kWidth);
+    for (; i < length; i += kWidth) total[0] += load_plain(representative + i) * load(query + i);
     scores[u] = sum(total[0] + total[1] + (total[2] + total[3]));
   }
 }

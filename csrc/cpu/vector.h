@@ -32,17 +32,11 @@ inline UVec load_bits(const void* p) {
 inline Vec as_floats(UVec v) { return (Vec)v; }
 inline Vec splat(float x) { return x - Vec{}; }
 
-inline Vec highest(Vec a, Vec b) {
-#if INFLLM_WIDTH == 16 && defined(__AVX512F__) && !defined(INFLLM_EMULATE)
-  return _mm512_max_ps(a, b);
-#elif INFLLM_WIDTH == 8 && defined(__AVX__)
-  return _mm256_max_ps(a, b);
-#elif INFLLM_WIDTH == 4 && defined(__x86_64__)
-  return __builtin_ia32_maxps(a, b);
+inline Vec highest(Vec a, Vec b) { return a > b ? a : b; }
+#if INFLLM_WIDTH == 16 && !defined(INFLLM_EMULATE)
+inline float sum(Vec v) { return _mm512_reduce_add_ps(v); }
+inline float highest(Vec v) { return _mm512_reduce_max_ps(v); }
 #else
-  return a > b ? a : b;
-#endif
-}
 inline float sum(Vec v) {
   float total = 0;
   for (int i = 0; i < kWidth; ++i) total += v[i];
@@ -53,6 +47,7 @@ inline float highest(Vec v) {
   for (int i = 1; i < kWidth; ++i) best = v[i] > best ? v[i] : best;
   return best;
 }
+#endif
 
 /// 2^x to one unit in the last place; exactly 0 below 2^-126, and for minus infinity. x at most 127.
 inline Vec exp2(Vec x) {
@@ -70,26 +65,34 @@ inline Vec exp2(Vec x) {
 }
 inline float exp2(float x) { return exp2(splat(x))[0]; }
 
+/// kWidth neighbours of any type.
+inline Vec load_plain(const float* p) { return load(p); }
+inline Vec load_plain(const bf16* p) {
+  HVec half;
+  __builtin_memcpy(&half, p, sizeof half);
+  return as_floats(__builtin_convertvector(half, UVec) << 16);
+}
+inline Vec load_plain(const fp16* p) {
+#if INFLLM_WIDTH == 16 && !defined(INFLLM_EMULATE)
+  return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif INFLLM_WIDTH == 8
+  return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  HVec half;
+  __builtin_memcpy(&half, p, sizeof half);
+  UVec bits = __builtin_convertvector(half, UVec), rest = bits & 0x7fff;
+  UVec finite = (UVec)(as_floats(rest << 13) * 0x1p112f);
+  return as_floats((rest < 0x7c00 ? finite : (rest << 13) | 0x7f800000) | (bits & 0x8000) << 16);
+#endif
+}
+
 // ---- rows of a panel: 16 neighbours as kVectors vectors ----------------------------------------------------------------
 
 inline void load_row(const float* panel, int64_t row, Vec* out) {
   for (int i = 0; i < kVectors; ++i) out[i] = load(panel + row * kPanel + i * kWidth);
 }
 inline void load_row(const fp16* panel, int64_t row, Vec* out) {
-  for (int i = 0; i < kVectors; ++i) {
-    const fp16* p = panel + row * kPanel + i * kWidth;
-#if INFLLM_WIDTH == 16 && defined(__AVX512F__) && !defined(INFLLM_EMULATE)
-    out[i] = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-#elif INFLLM_WIDTH == 8 && defined(__F16C__)
-    out[i] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
-#else
-    HVec half;
-    __builtin_memcpy(&half, p, sizeof half);
-    UVec bits = __builtin_convertvector(half, UVec), rest = bits & 0x7fff;
-    UVec finite = (UVec)(as_floats(rest << 13) * 0x1p112f);
-    out[i] = as_floats((rest < 0x7c00 ? finite : (rest << 13) | 0x7f800000) | (bits & 0x8000) << 16);
-#endif
-  }
+  for (int i = 0; i < kVectors; ++i) out[i] = load_plain(panel + row * kPanel + i * kWidth);
 }
 /// Row `row`, and row `row + 1` in `next`; row is even. Pairs come out of one load.
 template <class T>
@@ -129,19 +132,6 @@ inline void expand(const T* from, int64_t from_stride, float* to, int64_t to_str
       }
     }
   }
-}
-
-/// kWidth neighbours that lie as they are, in no panel.
-inline Vec load_plain(const float* p) { return load(p); }
-inline Vec load_plain(const bf16* p) {
-  HVec half;
-  __builtin_memcpy(&half, p, sizeof half);
-  return as_floats(__builtin_convertvector(half, UVec) << 16);
-}
-inline Vec load_plain(const fp16* p) {
-  Vec v;
-  for (int i = 0; i < kWidth; ++i) v[i] = to_float(p[i]);
-  return v;
 }
 
 }  // namespace
