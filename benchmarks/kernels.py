@@ -24,6 +24,8 @@ SETTINGS = LayerSettings(
 ATTEND_CONTEXT = 12288
 """Where the attending alone is measured: beyond window, initial and retrieved tokens it no longer depends on it."""
 SHARE_LAYERS = 8
+BATCH = 8
+"""Requests that decode in one call, where one alone is over before a thread that sleeps wakes up."""
 
 
 def run(ops: Ops, plan: Plan, dtype: str, part: Part) -> None:
@@ -36,20 +38,28 @@ def run(ops: Ops, plan: Plan, dtype: str, part: Part) -> None:
     part.samples |= {"decode": {}, "prefill": {}, "share": []}
 
     decode = Attending(ops, ATTEND_CONTEXT, 1, torch_dtype)
+    batch = Attending(ops, ATTEND_CONTEXT, 1, torch_dtype, BATCH)
     working_set = max(plan.kernels_bytes, 4 * last_level_cache())
     layers = [decode.layer() for _ in range(working_set // decode.bytes + 1)]
+    batches = [batch.layer() for _ in range(working_set // batch.bytes + 1)]
     memory = pages.empty((working_set // 4,), torch.float32).fill_(1)
     for count in counts:
         part.doing(f"decode, {count} threads")
         torch.set_num_threads(count)
-        runs = {"attend": cycle(decode.attend, layers), "read": reading(memory)}
+        runs = {
+            "attend": cycle(decode.attend, layers),
+            "batch": cycle(batch.attend, batches),
+            "read": reading(memory),
+        }
         part.samples["decode"][str(count)] = part.alternate(runs, plan.samples, seconds) | {
             "attend_bytes": decode.bytes,
+            "batch_bytes": batch.bytes,
+            "batch_size": BATCH,
             "read_bytes": memory.nbytes,
             "working_set": decode.bytes * len(layers),
         }
         part.advance()
-    del layers, memory
+    del layers, batches, memory
 
     prefill = Attending(ops, ATTEND_CONTEXT, GEOMETRY.exc_block_size, torch_dtype)
     layers = [prefill.layer() for _ in range(SHARE_LAYERS)]
@@ -118,10 +128,10 @@ class Layer(synthetic.Layer):
 class Attending(synthetic.Attending):
     """An execution block of SmolLM2 in the default configuration, with what is not attention."""
 
-    def __init__(self, ops: Ops, start: int, tokens: int, dtype: torch.dtype) -> None:
-        super().__init__(ops, HEADS, GEOMETRY, SETTINGS, start, tokens, dtype)
-        self.hidden = torch.randn(tokens, HIDDEN).to(dtype)
-        self.activation = torch.randn(tokens, INTERMEDIATE).to(dtype)
+    def __init__(self, ops: Ops, start: int, tokens: int, dtype: torch.dtype, requests: int = 1) -> None:
+        super().__init__(ops, HEADS, GEOMETRY, SETTINGS, start, tokens, dtype, requests)
+        self.hidden = torch.randn(tokens * requests, HIDDEN).to(dtype)
+        self.activation = torch.randn(tokens * requests, INTERMEDIATE).to(dtype)
 
     def layer(self) -> Layer:
         width = HEADS.query * HEADS.size

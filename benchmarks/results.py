@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from benchmarks.authors import RECORDED_DECODE, RECORDED_PREFILL
+from benchmarks.authors import Recorded
 from benchmarks.samples import Step, complete, prompt_seconds, ratio_of_prompts
 from vllm_infllm.tools.samples import Ratio, ratio_of_medians
 
@@ -19,10 +19,10 @@ def steps(raw: Sequence[Sequence[float]]) -> list[Step]:
 # ---- kernels ---------------------------------------------------------------------------------------------------------
 
 
-def read_share(samples: Samples) -> Ratio:
+def read_share(samples: Samples, attend: str = "attend") -> Ratio:
     """Bytes a second of decode attention over those of reading memory."""
     per_byte_read = [s / samples["read_bytes"] for s in samples["read"]]
-    return ratio_of_medians(per_byte_read, [s / samples["attend_bytes"] for s in samples["attend"]])
+    return ratio_of_medians(per_byte_read, [s / samples[f"{attend}_bytes"] for s in samples[attend]])
 
 
 def product_share(samples: Samples) -> Ratio:
@@ -108,10 +108,10 @@ def authors_decode(samples: Samples) -> list[float]:
     return [median(step.processor_seconds for step in steps(run["decode"])) for run in samples["runs"]]
 
 
-def against_authors(samples: Samples) -> tuple[Ratio, Ratio]:
+def against_authors(samples: Samples, recorded: Recorded) -> tuple[Ratio, Ratio]:
     """The recorded seconds over ours, of prompt and answer."""
     prompt, answer = authors_prefill(samples), authors_decode(samples)
     return (
-        ratio_of_medians([RECORDED_PREFILL] * len(prompt), prompt),
-        ratio_of_medians([RECORDED_DECODE] * len(answer), answer),
+        ratio_of_medians([recorded.prompt] * len(prompt), prompt),
+        ratio_of_medians([recorded.answer] * len(answer), answer),
     )

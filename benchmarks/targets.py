@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import results
+from benchmarks.authors import GOAL
 from benchmarks.plan import Plan
 from vllm_infllm.tools.samples import Ratio
 
@@ -73,14 +74,16 @@ def targets(parts: Mapping[str, Any], plan: Plan) -> Iterator[Target]:
         yield Target(f"decode at {context} tokens, stock / infllm", samples and results.decode(samples), bound)
     kernels = parts.get("kernels", {"decode": {}, "prefill": {}, "share": []})
     for count, samples in kernels["decode"].items():
-        yield Target(f"decode attention / memory read, threads: {count}", results.read_share(samples), READ)
+        for attend, requests in (("attend", "1 request"), ("batch", f"{samples['batch_size']} requests")):
+            name = f"decode attention of {requests} / memory read, threads: {count}"
+            yield Target(name, results.read_share(samples, attend), READ)
     for count, samples in kernels["prefill"].items():
         yield Target(f"prefill attention / matrix product, threads: {count}", results.product_share(samples), PRODUCT)
     for samples in kernels["share"]:
         name = f"select and seal / layer, {samples['tokens']} tokens at {samples['context']}"
         yield Target(name, results.memory_share(samples), SHARE, at_least=False, percent=True)
     authors = parts.get("authors", {"runs": []})
-    prompt, answer = results.against_authors(authors) if authors["runs"] else (None, None)
+    prompt, answer = results.against_authors(authors, GOAL) if authors["runs"] else (None, None)
     yield Target("processor time of a prompt, authors' code / infllm", prompt, AUTHORS)
     yield Target("processor time of a decoded token, authors' code / infllm", answer, AUTHORS)
 

@@ -1,4 +1,4 @@
-"""The operations of one execution block on made-up layers: any context without a prefill."""
+"""The operations of execution blocks on made-up layers: any context without a prefill."""
 
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ class Layer:
 
 
 class Attending:
-    """The execution block [start, start + tokens) of one request, the same in every layer. On the CPU."""
+    """The execution block [start, start + tokens) of each of some requests, the same in every layer. On the CPU."""
 
     def __init__(
         self,
@@ -40,25 +40,28 @@ class Attending:
         start: int,
         tokens: int,
         dtype: torch.dtype,
+        requests: int = 1,
     ) -> None:
         self.ops, self.heads, self.settings, self.dtype, self.tokens = ops, heads, settings, dtype, tokens
-        self.block_size = geometry.block_size
-        self.blocks = execution_block(geometry, settings, start, start + tokens)
-        self.sealing = sealing(geometry, settings, start, tokens)
-        self.paged = -(-(start + tokens) // self.block_size) - geometry.stored_blocks(start)
+        self.block_size, self.requests = geometry.block_size, requests
+        self.blocks = execution_blocks(geometry, settings, start, start + tokens, requests)
+        self.sealing = sealing(geometry, settings, start, tokens, requests)
+        paged = -(-(start + tokens) // self.block_size) - geometry.stored_blocks(start)
+        self.paged = paged * requests
         self.num_units = len(self.blocks.units)
         self.rope = rotary_table(start + tokens, heads.size)
-        self.query = torch.randn(tokens, heads.query, heads.size).to(dtype)
-        self.key = torch.randn(tokens, heads.kv, heads.size).to(dtype)
+        self.query = torch.randn(tokens * requests, heads.query, heads.size).to(dtype)
+        self.key = torch.randn(tokens * requests, heads.kv, heads.size).to(dtype)
         self.output = torch.empty_like(self.query)
-        first = start - geometry.edge_start(start)
-        self.slots = torch.arange(first, first + tokens)
+        self.first = start - geometry.edge_start(start)
+        own = torch.arange(self.first, self.first + tokens)
+        self.slots = (torch.arange(requests)[:, None] * paged * self.block_size + own).flatten()
 
     @property
     def visible(self) -> int:
         """Pairs of a query and a token that it sees: initial and retrieved, and from the edge to itself."""
-        own = self.slots[0].item() + (self.tokens + 1) / 2
-        return round(self.tokens * (self.blocks.num_chosen * self.block_size + own))
+        own = self.first + (self.tokens + 1) / 2
+        return round(self.requests * self.tokens * (self.blocks.num_chosen * self.block_size + own))
 
     @property
     def operations(self) -> int:
@@ -67,7 +70,7 @@ class Attending:
 
     @property
     def bytes(self) -> int:
-        """Keys and values that a single query sees."""
+        """Keys and values that a single query of each request sees."""
         return self.visible // self.tokens * 2 * self.heads.kv * self.heads.size * self.dtype.itemsize
 
     def layer(self) -> Layer:
@@ -107,17 +110,27 @@ class Attending:
         self.ops.seal(self.sealing, self.settings, self.rope, layer.cache, layer.memory)
 
 
-def execution_block(geometry: Geometry, settings: LayerSettings, start: int, end: int) -> ExecutionBlocks:
-    """One request's execution block [start, end); unit ids are in order, so are the ids of its paged blocks."""
+def execution_blocks(
+    geometry: Geometry, settings: LayerSettings, start: int, end: int, requests: int = 1
+) -> ExecutionBlocks:
+    """The execution block [start, end) of each request; unit ids are in order, so are the ids of paged blocks."""
     stored, edge = geometry.stored_blocks(start), geometry.edge_start(start)
-    paged = -(-(end - edge) // geometry.block_size)
-    table = torch.full((1, stored + paged), -1, dtype=torch.int32)
-    table[0, stored:] = torch.arange(paged)
-    leaving = [[block - stored, block, block, 1] for block in range(stored, geometry.stored_blocks(end))]
+    paged, units = -(-(end - edge) // geometry.block_size), geometry.stored_blocks(end)
+    table = torch.full((requests, stored + paged), -1, dtype=torch.int32)
+    table[:, stored:] = torch.arange(requests * paged).view(requests, paged)
+    rows = [
+        [request * (end - start), start, end, edge, request, stored, request * units, 1, request]
+        for request in range(requests)
+    ]
+    leaving = [
+        [request * paged + block - stored, block, request * units + block, 1]
+        for request in range(requests)
+        for block in range(stored, units)
+    ]
     return ExecutionBlocks(
-        rows=torch.tensor([[0, start, end, edge, 0, stored, 0, 1, 0]]),
+        rows=torch.tensor(rows),
         block_table=table,
-        units=torch.arange(geometry.stored_blocks(end)),
+        units=torch.arange(requests * units),
         leaving=torch.tensor(leaving, dtype=torch.int64).view(-1, 4),
         num_chosen=min(stored, geometry.init_blocks + settings.topk),
         longest=end - start,
@@ -125,11 +138,13 @@ def execution_block(geometry: Geometry, settings: LayerSettings, start: int, end
     )
 
 
-def sealing(geometry: Geometry, settings: LayerSettings, start: int, tokens: int) -> ExecutionBlocks:
-    """The execution block at or shortly before `start` that seals blocks; one that seals none where none does."""
-    while not len((blocks := execution_block(geometry, settings, start, start + tokens)).leaving) and start > 0:
+def sealing(geometry: Geometry, settings: LayerSettings, start: int, tokens: int, requests: int = 1) -> ExecutionBlocks:
+    """The execution blocks at or shortly before `start` that seal blocks; ones that seal none where none does."""
+    while True:
+        blocks = execution_blocks(geometry, settings, start, start + tokens, requests)
+        if len(blocks.leaving) or start == 0:
+            return blocks
         start -= 1
-    return blocks
 
 
 def rotary_table(length: int, head_size: int) -> RotaryTable:
