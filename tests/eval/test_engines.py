@@ -17,7 +17,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], l
     """By task and backend."""
     out = tmp_path_factory.mktemp("eval") / "out"
     arguments = ["--lengths", str(LENGTH), "--depths", "0.0,0.5", "--infllm", json.dumps(INFLLM), "--output", str(out)]
-    arguments += ["--engine", json.dumps({"enforce_eager": True})]
+    arguments += ["--engine", json.dumps({"enforce_eager": True, "dtype": "float32"})]
     assert cli.main(["eval", "passkey", "perplexity", "--backends", "full,streaming,infllm-peak", *arguments]) == 0
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for line in (out / "results.jsonl").read_text().splitlines():
