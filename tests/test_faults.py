@@ -28,7 +28,7 @@ FLAGS = {
     "max-num-batched-tokens": 256,
     "kv-cache-memory-bytes": 1 << 26,
 }
-RUNNING, PROMPTS = "vllm:num_requests_running", "vllm:prompt_tokens_total"
+RUNNING, WAITING, PROMPTS = "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:prompt_tokens_total"
 
 
 def flags(**infllm: float) -> list[str]:
@@ -92,7 +92,7 @@ def test_a_process_killed_under_load(title: str, words: str, llama_with_tokenize
     The status is vLLM's: its API server ends by itself when its engine is dead, with 0.
     """
     with serve(llama_with_tokenizer, tmp_path, *flags()) as server, asked(server, [8000] * 8) as connections:
-        server.wait_for(lambda: server.metric(RUNNING) == 4)
+        server.wait_for(lambda: server.metric(RUNNING) == server.metric(WAITING) == 4)
         (victim,), shared_memory, since = server.processes(title), server.shared_memory(), time.monotonic()
         assert shared_memory
         victim.kill()
@@ -115,7 +115,7 @@ def test_a_signal_while_requests_run(
     vLLM's engine core ends requests by itself, with "abort", if it comes to it before it is killed.
     """
     with serve(llama_with_tokenizer, tmp_path, *flags()) as server, asked(server, prompts) as connections:
-        server.wait_for(lambda: server.metric(RUNNING) == min(4, len(prompts)))
+        server.wait_for(lambda: server.metric(RUNNING) + server.metric(WAITING) == len(prompts))
         shared_memory, since = server.shared_memory(), time.monotonic()
         assert shared_memory
         assert len(prompts) > 1 or server.metric(PROMPTS) == 0, "not in mid-prefill"
