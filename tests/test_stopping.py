@@ -1,4 +1,4 @@
-"""Where a server's temporary files lie; what else stopping does is in test_faults.py."""
+"""Where a server's temporary files lie, and what its clients are told; what else stopping does is in test_faults.py."""
 
 import atexit
 import os
@@ -7,9 +7,13 @@ import socket
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
+from http import HTTPStatus
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from vllm.exceptions import GracefulHTTPError
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_infllm import stopping
 
@@ -51,3 +55,14 @@ def test_no_socket_name_becomes_too_long(directory: Callable[[int], Path]) -> No
     stopping._keep_temporary_files_together()
     assert os.environ["TMPDIR"] == tempfile.gettempdir() == str(folder)
     assert not list(folder.iterdir())
+
+
+def test_the_end_of_the_engine_core_is_no_failure_while_the_server_stops() -> None:
+    """vLLM may notice it before its own shutdown returns; clients are told of the stop, and once."""
+    told: list[Exception] = []
+    processor = SimpleNamespace(propagate_error=told.append, get_num_unfinished_requests=lambda: 2)
+    stopping._errors_are_the_stop(processor)  # type: ignore[arg-type]
+    for _ in range(2):
+        processor.propagate_error(EngineDeadError())
+    (error,) = told
+    assert isinstance(error, GracefulHTTPError) and error.http_status == HTTPStatus.SERVICE_UNAVAILABLE

@@ -295,6 +295,11 @@ vllm.v1.engine.async_llm:AsyncLLM.shutdown -- what is left is over before client
 vllm.v1.engine.output_processor:OutputProcessor -- whom to tell
     calls get_num_unfinished_requests(self)
     calls propagate_error(self, e)
+    overrides propagate_error(self, e)
+vllm.v1.engine.async_llm:AsyncLLM._run_output_handler -- the end of an engine core that it notices
+    says output_processor.propagate_error(e)
+vllm.v1.engine.exceptions:EngineDeadError -- what it would say then
+    calls EngineDeadError()
 vllm.exceptions:GracefulHTTPError -- the one that becomes an HTTP status
     calls GracefulHTTPError(message, http_status)
 vllm.entrypoints.launchers.launcher:serve_http -- engine first, clients then; handlers that replace ours

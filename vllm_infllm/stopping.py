@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.output_processor import OutputProcessor
 
 STARTING = "vllm.entrypoints.launchers.api_server.entry"
 """The module of `vllm serve` whose signal handler is there until the server answers."""
@@ -36,6 +37,7 @@ def _wrap_shutdown(connector: str) -> None:
     vLLM's API server waits for its clients without limit, and they for answers that no engine gives any more.
     """
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.exceptions import EngineDeadError
 
     original = AsyncLLM.shutdown
     if getattr(original, "_infllm", False):
@@ -43,28 +45,40 @@ def _wrap_shutdown(connector: str) -> None:
 
     @functools.wraps(original)
     def shutdown(self: "AsyncLLM", timeout: float | None = None) -> None:
-        original(self, timeout=timeout)
         transfer, handler = self.vllm_config.kv_transfer_config, self.output_handler
-        if transfer is None or transfer.kv_connector != connector or handler is None:
-            return
-        loop = handler.get_loop()
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(_end_requests, self)  # vLLM calls this from a thread
+        ours = transfer is not None and transfer.kv_connector == connector and handler is not None
+        if ours:
+            _errors_are_the_stop(self.output_processor)
+        original(self, timeout=timeout)
+        if ours and not (loop := handler.get_loop()).is_closed():
+            # vLLM calls this from a thread.
+            loop.call_soon_threadsafe(self.output_processor.propagate_error, EngineDeadError())
 
     shutdown._infllm = True  # type: ignore[attr-defined]
     AsyncLLM.shutdown = shutdown
 
 
-def _end_requests(engine: "AsyncLLM") -> None:
-    """Those that still come are refused by vLLM."""
+def _errors_are_the_stop(processor: "OutputProcessor") -> None:
+    """From now on, whatever ends the requests of `processor` ends them with HTTP 503; those that still come are refused
+    by vLLM.
+
+    Also if vLLM notices the end of its engine core by itself and takes it for a failure (HTTP 500).
+    """
     from vllm.exceptions import GracefulHTTPError
     from vllm.logger import init_logger
 
-    left = engine.output_processor.get_num_unfinished_requests()
-    if left:
-        init_logger(f"vllm.{__name__}").info("InfLLM: the server stops, %d requests end with HTTP 503.", left)
-        message = "The server stops and cannot finish this request: send it again later, or to another one."
-        engine.output_processor.propagate_error(GracefulHTTPError(message, HTTPStatus.SERVICE_UNAVAILABLE))
+    propagate, told = processor.propagate_error, False
+
+    def stop(error: Exception) -> None:
+        nonlocal told
+        left = 0 if told else processor.get_num_unfinished_requests()
+        if left:
+            told = True
+            init_logger(f"vllm.{__name__}").info("InfLLM: the server stops, %d requests end with HTTP 503.", left)
+            message = "The server stops and cannot finish this request: send it again later, or to another one."
+            propagate(GracefulHTTPError(message, HTTPStatus.SERVICE_UNAVAILABLE))
+
+    processor.propagate_error = stop
 
 
 def _heed_signals() -> None:
