@@ -102,11 +102,8 @@ def test_a_process_killed_under_load(title: str, words: str, llama_with_tokenize
         assert server.lines(words)
 
 
-@pytest.mark.parametrize(
-    "signum, prompts",
-    [(signal.SIGTERM, [8000] * 8), (signal.SIGINT, [28_000])],
-    ids=["SIGTERM under load", "SIGINT in mid-prefill"],
-)
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=lambda signum: signum.name)
+@pytest.mark.parametrize("prompts", [[8000] * 8, [28_000]], ids=["under load", "in mid-prefill"])
 def test_a_signal_while_requests_run(
     signum: signal.Signals, prompts: list[int], llama_with_tokenizer: str, tmp_path: Path
 ) -> None:
