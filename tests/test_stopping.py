@@ -1,20 +1,26 @@
 """Where a server's temporary files lie, and what its clients are told; what else stopping does is in test_faults.py."""
 
 import atexit
+import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import tempfile
+import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from tests.processes import engine_core, worker
 from vllm_infllm import stopping
 
 
@@ -66,3 +72,28 @@ def test_the_end_of_the_engine_core_is_no_failure_while_the_server_stops() -> No
         processor.propagate_error(EngineDeadError())
     (error,) = told
     assert isinstance(error, GracefulHTTPError) and error.http_status == HTTPStatus.SERVICE_UNAVAILABLE
+
+
+def test_a_worker_ends_with_a_killed_engine_core() -> None:
+    """At once, though nothing in it looks for that."""
+    receive, send = multiprocessing.Pipe(duplex=False)
+    core = multiprocessing.get_context("spawn").Process(target=engine_core, args=(send,), name=stopping.ENGINE_CORE)
+    core.start()
+    started = psutil.Process(receive.recv())
+    core.kill()
+    started.wait(10)
+
+
+def test_a_worker_outlives_the_thread_that_started_it() -> None:
+    """In a program that uses vLLM as a library, whose engine is in the program's own process."""
+    receive, send = multiprocessing.Pipe(duplex=False)
+    started = multiprocessing.get_context("spawn").Process(target=worker, args=(send,))
+    thread = threading.Thread(target=started.start)
+    thread.start()
+    thread.join()
+    receive.recv()
+    time.sleep(1)
+    assert started.is_alive()
+    started.kill()
+    started.join()
+    assert started.exitcode == -signal.SIGKILL

@@ -302,6 +302,8 @@ vllm.v1.engine.exceptions:EngineDeadError -- what it would say then
     calls EngineDeadError()
 vllm.exceptions:GracefulHTTPError -- the one that becomes an HTTP status
     calls GracefulHTTPError(message, http_status)
+vllm.v1.engine.utils:CoreEngineProcManager.__init__ -- by its name a worker knows an engine core
+    says name=f'EngineCore_DP{global_index}' if is_dp else 'EngineCore'
 vllm.entrypoints.launchers.launcher:serve_http -- engine first, clients then; handlers that replace ours
     says loop.add_signal_handler(signal.SIGINT, signal_handler)
     says loop.add_signal_handler(signal.SIGTERM, signal_handler)

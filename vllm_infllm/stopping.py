@@ -1,10 +1,13 @@
-"""Stopping a server: clients are told, signals during startup take effect, temporary files go. What vLLM leaves undone.
+"""Stopping a server: clients are told, signals during startup take effect, temporary files and workers go. What vLLM
+leaves undone.
 
-All of it is set up where an engine's configuration is made, so only in the process that serves.
+But for the worker's part it is set up where an engine's configuration is made, so only in the process that serves.
 """
 
 import atexit
+import ctypes
 import functools
+import multiprocessing
 import os
 import shutil
 import signal
@@ -19,6 +22,9 @@ if TYPE_CHECKING:
 
 STARTING = "vllm.entrypoints.launchers.api_server.entry"
 """The module of `vllm serve` whose signal handler is there until the server answers."""
+ENGINE_CORE = "EngineCore"
+"""How the names of vLLM's engine core processes begin."""
+PR_SET_PDEATHSIG = 1
 LONGEST_TEMPORARY = 107 - len("/vllm-12345678/") - 36
 """Length of a directory for temporary files in which one of ours can hold a socket, which vLLM names by a UUID."""
 
@@ -107,3 +113,15 @@ def _keep_temporary_files_together() -> None:
         folder = tempfile.mkdtemp(prefix="vllm-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         os.environ["TMPDIR"] = tempfile.tempdir = folder
+
+
+def end_with_engine_core() -> None:
+    """Let the kernel end this worker with its engine core, whatever it is doing and however busy the machine is.
+
+    A worker of vLLM notices the end by itself and then winds up: seconds, in which its memory is not free for the next
+    server. Only below a process of vLLM's own: the kernel takes the end of the thread that started a worker for the end
+    of its parent, and in a program that uses vLLM as a library that may be any thread.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.name.startswith(ENGINE_CORE):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

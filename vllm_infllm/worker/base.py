@@ -12,7 +12,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
-from vllm_infllm import __version__, selection
+from vllm_infllm import __version__, selection, stopping
 from vllm_infllm.attention import rope
 from vllm_infllm.attention.backend import InfLLMImpl
 from vllm_infllm.config import KEY, ConfigError, InfLLMConfig
@@ -130,6 +130,7 @@ class InfLLMWorker:
     plan: MemoryPlan
 
     def load_model(self, **kwargs: Any) -> None:
+        stopping.end_with_engine_core()
         super().load_model(**kwargs)  # type: ignore[misc]
         bind_rope(self.model_runner.get_model(), self.vllm_config)
 
