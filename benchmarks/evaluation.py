@@ -7,7 +7,7 @@ results are copied to docs/results, and tables and pictures of all of them are m
 import argparse
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -18,6 +18,7 @@ from vllm_infllm.tools.eval import pictures, report
 from vllm_infllm.tools.eval.results import Record
 from vllm_infllm.tools.tables import Table
 
+Options = Mapping[str, int]
 FOLDER, DOCS = Path("build/evaluation"), Path("docs/results")
 RULE_ROWS = {
     "full": "full attention",
@@ -25,25 +26,58 @@ RULE_ROWS = {
     **{f"infllm-{rule}": f"`{rule}`" for rule in RULES},
 }
 """By backend, how the table of selection rules calls it."""
-PROSE = ("plays", "manual")
-INTERIOR = "--depths 0.25,0.5,0.75"
+DEMO = {"n_local": 1024, "topk": 8}
+VARIANTS: dict[str, tuple[str, Options, Options]] = {
+    "representatives": ("`mean`, `repr_topk` 16", {"repr_topk": 16}, {}),
+    "units": ("`mean`, blocks of 64, `topk` 16", {"topk": 16}, {"block_size": 64}),
+    "question": ("`mean`, `exc_block_size` 64", {"exc_block_size": 64}, {}),
+}
+"""The paper's rule with as many attended tokens, otherwise configured: its row, and what is set of InfLLM and vLLM."""
+TEXTS = {"grass": "passkey", "plays": "passkey-plain", "manual": "passkey-plain"}
+"""By haystack, the wording that stock attention answers in it."""
+PICTURED = ("full", "streaming", "infllm", "infllm-peak")
+INTERIOR = "0.25,0.5,0.75"
 """Where at 4K and beyond the needle is neither initial nor in the window: there a rule decides."""
 
-RUNS: dict[str, list[str]] = {
-    # Folder: invocations, each of which adds to what the earlier ones left; what says most comes first.
+
+def keys(
+    text: str, lengths: str, *more: str, infllm: Mapping[str, int] = {}, vllm: Mapping[str, int] = {}
+) -> list[str]:
+    """Arguments of `vllm-infllm eval` for pass keys in a text; float32, which is the same on every machine."""
+    configured = ("--infllm", json.dumps({**DEMO, **infllm}), "--engine", json.dumps({"dtype": "float32", **vllm}))
+    return [TEXTS[text], "--haystack", text, "--lengths", lengths, *more, *configured]
+
+
+def _rules(text: str) -> list[list[str]]:
+    """What tells most comes first."""
+    depths, all_rules = ("--depths", INTERIOR), ("--backends", ",".join(RULE_ROWS))
+    return [
+        keys(text, "8k", *depths, "--samples", "2", "--backends", "full,infllm,infllm-peak"),
+        keys(text, "8k", *depths, "--samples", "2", *all_rules),
+        keys(text, "4k", *depths, *all_rules),
+        keys(text, "16k", *depths, *all_rules),
+    ]
+
+
+RUNS: dict[str, list[list[str]]] = {
+    # Folder: invocations, each of which adds to what the earlier ones left.
+    **{f"rules/{text}": _rules(text) for text in ("plays", "manual", "grass")},
     **{
-        text: [
-            f"passkey --haystack {text} --lengths 8k {INTERIOR} --backends full,infllm,infllm-peak",
-            f"passkey --haystack {text} --lengths 8k {INTERIOR} --backends {','.join(RULE_ROWS)}",
-            f"passkey --haystack {text} --lengths 4k,16k {INTERIOR} --backends {','.join(RULE_ROWS)}",
+        f"{name}/{text}": [
+            keys(text, "8k", "--depths", INTERIOR, "--samples", "2", infllm=infllm, vllm=vllm),
+            keys(text, "4k,16k", "--depths", INTERIOR, infllm=infllm, vllm=vllm),
         ]
-        for text in PROSE
+        for name, (_, infllm, vllm) in VARIANTS.items()
+        for text in TEXTS
     },
     "grass": [
-        "passkey --lengths 4k --samples 5 --backends full",
-        "passkey --lengths 4k,8k,16k --samples 5",
-        "passkey --lengths 4k,8k,16k --backends streaming,full",
-        "passkey --lengths 32k,64k --depths 3 --backends infllm,streaming",
+        keys("grass", "4k", "--samples", "5", "--backends", "full"),
+        keys("grass", "4k,8k,16k", "--samples", "5"),
+    ],
+    "lengths": [
+        keys("grass", "4k,8k,16k,32k,64k", "--depths", INTERIOR, "--backends", "infllm,streaming"),
+        keys("grass", "4k,8k,16k", "--depths", INTERIOR, "--backends", "full"),
+        keys("grass", "32k,64k", "--depths", "0.5", "--backends", "full"),
     ],
 }
 
@@ -53,29 +87,40 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", nargs="*", metavar="RUN", help=f"of {', '.join(RUNS)} (default: all)")
     parser.add_argument("--tables", action="store_true", help="only write the tables of what there is")
     args = parser.parse_args(argv)
+    if unknown := set(args.runs) - set(RUNS):
+        parser.error(f"there is no run {', '.join(sorted(unknown))}; the runs are {', '.join(RUNS)}")
     for name in () if args.tables else args.runs or RUNS:
         for invocation in RUNS[name]:
-            if status := cli.main(["eval", *invocation.split(), "--output", str(FOLDER / name)]):
+            if status := evaluate(name, invocation):
                 parser.exit(status)
-            # Not settings.json, which names the model's folder.
-            (DOCS / name).mkdir(parents=True, exist_ok=True)
-            shutil.copy(FOLDER / name / "results.jsonl", DOCS / name)
-            pictures.draw(_records(name), DOCS / name)
-            write_tables()
     write_tables()
 
 
+def evaluate(name: str, invocation: Sequence[str]) -> int:
+    """Go on with a run, and show what it gave; returns the exit status of `vllm-infllm eval`."""
+    if status := cli.main(["eval", *invocation, "--output", str(FOLDER / name)]):
+        return status
+    # Not settings.json, which names the model's folder.
+    (DOCS / name).mkdir(parents=True, exist_ok=True)
+    shutil.copy(FOLDER / name / "results.jsonl", DOCS / name)
+    write_tables()
+    return 0
+
+
 def write_tables() -> None:
-    """Fill in the two pages from what lies in docs/results."""
+    """Fill in the two pages from what lies in docs/results, and draw its pictures."""
     found = {name: _records(name) for name in RUNS if (DOCS / name / "results.jsonl").exists()}
+    shown = {name.removeprefix("rules/"): name for name in found if name.split("/")[0] not in VARIANTS}
+    results = {section: _tables(found[name]) for section, name in shown.items() if name != "rules/grass"}
     pages = {
-        Path("docs/results.md"): {name: _tables(records) for name, records in found.items()},
-        Path("docs/selection.md"): {
-            "selection": rules({name: records for name, records in found.items() if name in PROSE}).markdown()
-        },
+        Path("docs/results.md"): results,
+        Path("docs/selection.md"): {"selection": rules(found).markdown()},
     }
     for page, sections in pages.items():
         page.write_text(fill_in(page.read_text(), sections))
+    for section in results:
+        pictured = [record for record in found[shown[section]] if record.backend in PICTURED]
+        pictures.draw(pictured, DOCS / shown[section])
 
 
 def _tables(records: list[Record]) -> str:
@@ -85,31 +130,40 @@ def _tables(records: list[Record]) -> str:
 
 def _records(name: str) -> list[Record]:
     lines = (DOCS / name / "results.jsonl").read_text().splitlines()
-    return sorted((Record(**json.loads(line)) for line in lines), key=lambda one: (one.task, one.backend, one.length))
+    order = [*RULE_ROWS, "streaming"]
+    records = (Record(**json.loads(line)) for line in lines)
+    return sorted(records, key=lambda one: (one.task, order.index(one.backend), one.length))
 
 
-def rules(by_text: dict[str, list[Record]]) -> Table:
-    """A row a rule, a column a text and length: keys found, share of layers and steps that retrieve them.
+def rules(by_run: Mapping[str, list[Record]]) -> Table:
+    """A row a rule or variant, a column a text and length: keys found, share of layers and steps that retrieve them.
 
     Keys that no rule has to retrieve do not count; stock attention is the row to compare with.
     """
-    columns = sorted({(text, record.length) for text, records in by_text.items() for record in records})
-    rows = []
-    for backend, name in RULE_ROWS.items():
-        row = [name]
-        for text, length in columns:
-            cell = [one for one in by_text[text] if (one.backend, one.length) == (backend, length)]
-            row.append(_found(cell if backend == "full" else [one for one in cell if one.retrieved is not None]))
-        rows.append(row)
-    return Table("", ["rule", *(f"{text}, {length:,} tokens" for text, length in columns)], rows)
+    rows = [("rules", backend, label) for backend, label in RULE_ROWS.items()]
+    rows += [(name, "infllm", label) for name, (label, _, _) in VARIANTS.items()]
+    columns = [
+        (text, length)
+        for text in TEXTS
+        for length in sorted({record.length for record in by_run.get(f"rules/{text}", [])})
+    ]
+    cells = [
+        [
+            _found([one for one in by_run.get(f"{run}/{text}", []) if (one.backend, one.length) == (backend, length)])
+            for text, length in columns
+        ]
+        for run, backend, _ in rows
+    ]
+    table = [[label, *row] for (_, _, label), row in zip(rows, cells, strict=True)]
+    return Table("", ["rule", *(f"{text}, {length // 1024}K" for text, length in columns)], table)
 
 
 def _found(records: list[Record]) -> str:
-    if not records:
-        return ""
-    shares = [one.retrieved for one in records if one.retrieved is not None]
-    found = f"{sum(one.score or 0 for one in records):.0f} of {len(records)}"
-    return f"{found}, {mean(shares):.0%}" if shares else found
+    """Keys found, of those that have to be retrieved if some were; in how many of layers and steps they were."""
+    retrieved = [one for one in records if one.retrieved is not None]
+    found = f"{sum(one.score or 0 for one in retrieved or records):.0f} of {len(retrieved or records)}"
+    share = f", {mean(one.retrieved or 0 for one in retrieved):.0%}" if retrieved else ""
+    return found + share if records else ""
 
 
 if __name__ == "__main__":

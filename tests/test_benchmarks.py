@@ -298,9 +298,12 @@ def test_the_table_of_selection_rules_by_hand() -> None:
     """Only needles that had to be retrieved count; the paper's rule goes by its name; what is missing stays empty."""
     plays = [evaluated("infllm", 0.0, 0.25), evaluated("infllm", 1.0, 0.75), evaluated("infllm", 1.0, None)]
     manual = [evaluated("infllm-peak", 1.0, 0.9), evaluated("full", 1.0, None)]
-    table = evaluation.rules({"plays": plays, "manual": manual})
-    assert table.header == ["rule", "manual, 8,192 tokens", "plays, 8,192 tokens"]
+    question = [evaluated("infllm", 1.0, 1.0)]
+    table = evaluation.rules({"rules/plays": plays, "rules/manual": manual, "question/plays": question})
+    assert table.header == ["rule", "plays, 8K", "manual, 8K"]
     rows = {row[0]: row[1:] for row in table.rows}
-    assert set(rows) == {"full attention", *(f"`{rule}`" for rule in ("mean", *RULES))}
-    assert rows["`mean`"] == ["", "1 of 2, 50%"] and rows["`peak`"] == ["1 of 1, 90%", ""]
-    assert rows["full attention"] == ["1 of 1", ""]
+    variants = [label for label, _, _ in evaluation.VARIANTS.values()]
+    assert set(rows) == {"full attention", *(f"`{rule}`" for rule in ("mean", *RULES)), *variants}
+    assert rows["`mean`"] == ["1 of 2, 50%", ""] and rows["`peak`"] == ["", "1 of 1, 90%"]
+    assert rows["full attention"] == ["", "1 of 1"] and rows["`best`"] == ["", ""]
+    assert rows[evaluation.VARIANTS["question"][0]] == ["1 of 1, 100%", ""]

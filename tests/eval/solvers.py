@@ -68,6 +68,7 @@ def frequent_words(text: str) -> str:
 
 SOLVERS: dict[str, Callable[[str], str]] = {
     "passkey": passkey,
+    "passkey-plain": passkey,
     "number": number,
     "kv": kv,
     "math-find": math_find,

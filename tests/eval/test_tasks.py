@@ -16,7 +16,7 @@ from vllm_infllm.tools.model import demo_model
 from vllm_infllm.tools.sides import load_tokenizer
 
 LENGTHS = (1100, 4096)
-WITH_DEPTH = ("passkey", "number", "kv", "needle-single", "needle-multikey")
+WITH_DEPTH = ("passkey", "passkey-plain", "number", "kv", "needle-single", "needle-multikey")
 # Tokens by which a prompt may fall short: a line, record, function, or what one more word adds in all its repetitions.
 SHORT_OF = {"kv": 100, "common-words": 30, "needle": 60}
 
@@ -197,5 +197,5 @@ def test_the_plan() -> None:
 
 
 def test_an_unknown_task_is_named_with_those_there_are() -> None:
-    with pytest.raises(UsageError, match="there is no task 'passkeys'; the tasks are passkey, number, kv"):
+    with pytest.raises(UsageError, match="there is no task 'passkeys'; the tasks are passkey, passkey-plain, number"):
         tasks.find("passkeys")

@@ -8,7 +8,7 @@ from vllm_infllm.tools.eval.tasks import harness
 from vllm_infllm.tools.eval.tasks.base import HaystackTask, Task
 from vllm_infllm.tools.eval.tasks.code_run import CODE_RUN
 from vllm_infllm.tools.eval.tasks.common_words import COMMON_WORDS
-from vllm_infllm.tools.eval.tasks.digits import NUMBER, PASSKEY
+from vllm_infllm.tools.eval.tasks.digits import NUMBER, PASSKEY, PLAIN_PASSKEY
 from vllm_infllm.tools.eval.tasks.frequent_words import FREQUENT_WORDS
 from vllm_infllm.tools.eval.tasks.kv import KV
 from vllm_infllm.tools.eval.tasks.math_find import MATH_FIND
@@ -20,6 +20,7 @@ TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         PASSKEY,
+        PLAIN_PASSKEY,
         NUMBER,
         KV,
         MATH_FIND,

@@ -47,6 +47,10 @@ def _repeated_digits(draw: Random) -> str:
 PASSKEY = Digits(
     "passkey", 10, "grass", head=passkey.TASK, needle=passkey.NEEDLE, tail=passkey.QUESTION, repeated=False
 )
+PLAIN_PASSKEY = Digits(
+    "passkey-plain", 10, "plays", head="", needle="The pass key is {key}.\n", tail="The pass key is", repeated=False
+)
+"""For models too small to see a question in the landmark wording, where prose surrounds it."""
 NUMBER = Digits(
     "number",
     16,
