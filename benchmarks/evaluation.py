@@ -19,6 +19,7 @@ from vllm_infllm.tools.eval.results import Record
 from vllm_infllm.tools.tables import Table
 
 Options = Mapping[str, int]
+UNCHANGED: Options = {}
 FOLDER, DOCS = Path("build/evaluation"), Path("docs/results")
 RULE_ROWS = {
     "full": "full attention",
@@ -36,26 +37,32 @@ VARIANTS: dict[str, tuple[str, Options, Options]] = {
 TEXTS = {"grass": "passkey", "plays": "passkey-plain", "manual": "passkey-plain"}
 """By haystack, the wording that stock attention answers in it."""
 PICTURED = ("full", "streaming", "infllm", "infllm-peak")
+FIRST = ("--backends", "full,infllm,infllm-peak")
+"""What tells most."""
 INTERIOR = "0.25,0.5,0.75"
 """Where at 4K and beyond the needle is neither initial nor in the window: there a rule decides."""
 
 
-def keys(
-    text: str, lengths: str, *more: str, infllm: Mapping[str, int] = {}, vllm: Mapping[str, int] = {}
-) -> list[str]:
-    """Arguments of `vllm-infllm eval` for pass keys in a text; float32, which is the same on every machine."""
-    configured = ("--infllm", json.dumps({**DEMO, **infllm}), "--engine", json.dumps({"dtype": "float32", **vllm}))
-    return [TEXTS[text], "--haystack", text, "--lengths", lengths, *more, *configured]
+def keys(text: str, *more: str, infllm: Options = UNCHANGED, vllm: Options = UNCHANGED) -> list[str]:
+    """Arguments of `vllm-infllm eval` for pass keys in a text."""
+    return [TEXTS[text], *configured(text, *more, infllm=infllm, vllm=vllm)]
+
+
+def configured(text: str, *more: str, infllm: Options = UNCHANGED, vllm: Options = UNCHANGED) -> list[str]:
+    """Arguments for any task; float32, which is the same on every machine."""
+    engine = {"dtype": "float32", **vllm}
+    return ["--haystack", text, "--infllm", json.dumps({**DEMO, **infllm}), "--engine", json.dumps(engine), *more]
 
 
 def _rules(text: str) -> list[list[str]]:
     """What tells most comes first."""
-    depths, all_rules = ("--depths", INTERIOR), ("--backends", ",".join(RULE_ROWS))
+    all_rules = ("--backends", ",".join(RULE_ROWS))
     return [
-        keys(text, "8k", *depths, "--samples", "2", "--backends", "full,infllm,infllm-peak"),
-        keys(text, "8k", *depths, "--samples", "2", *all_rules),
-        keys(text, "4k", *depths, *all_rules),
-        keys(text, "16k", *depths, *all_rules),
+        keys(text, "--lengths", "8k", "--depths", INTERIOR, "--samples", "2", *FIRST),
+        keys(text, "--lengths", "8k", "--depths", INTERIOR, *all_rules),
+        keys(text, "--lengths", "4k,16k", "--depths", INTERIOR, *FIRST),
+        keys(text, "--lengths", "4k", "--depths", INTERIOR, *all_rules),
+        keys(text, "--lengths", "16k", "--depths", INTERIOR, *all_rules),
     ]
 
 
@@ -64,20 +71,23 @@ RUNS: dict[str, list[list[str]]] = {
     **{f"rules/{text}": _rules(text) for text in ("plays", "manual", "grass")},
     **{
         f"{name}/{text}": [
-            keys(text, "8k", "--depths", INTERIOR, "--samples", "2", infllm=infllm, vllm=vllm),
-            keys(text, "4k,16k", "--depths", INTERIOR, infllm=infllm, vllm=vllm),
+            keys(text, "--lengths", "8k", "--depths", INTERIOR, infllm=infllm, vllm=vllm),
+            keys(text, "--lengths", "4k,16k", "--depths", INTERIOR, infllm=infllm, vllm=vllm),
         ]
         for name, (_, infllm, vllm) in VARIANTS.items()
         for text in TEXTS
     },
+    "needles": [
+        ["needle-multivalue", "needle-multiquery", *configured("plays", "--lengths", "8k", "--samples", "3", *FIRST)],
+    ],
     "grass": [
-        keys("grass", "4k", "--samples", "5", "--backends", "full"),
-        keys("grass", "4k,8k,16k", "--samples", "5"),
+        keys("grass", "--lengths", "4k", "--samples", "5", "--backends", "full"),
+        keys("grass", "--lengths", "4k,8k,16k", "--samples", "5"),
     ],
     "lengths": [
-        keys("grass", "4k,8k,16k,32k,64k", "--depths", INTERIOR, "--backends", "infllm,streaming"),
-        keys("grass", "4k,8k,16k", "--depths", INTERIOR, "--backends", "full"),
-        keys("grass", "32k,64k", "--depths", "0.5", "--backends", "full"),
+        keys("grass", "--lengths", "4k,8k,16k,32k,64k", "--depths", INTERIOR, "--backends", "infllm,streaming"),
+        keys("grass", "--lengths", "4k,8k,16k", "--depths", INTERIOR, "--backends", "full"),
+        keys("grass", "--lengths", "32k,64k", "--depths", "0.5", "--backends", "full"),
     ],
 }
 
