@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-UNITS_AT_A_TIME = 64
-"""Whose logits `peak` holds at once."""
+ROWS_AT_A_TIME, UNITS_AT_A_TIME = 128, 8
+"""Whose logits `peak` holds at once: few enough to stay in a core's cache."""
 
 
 class UnitShape(NamedTuple):
@@ -95,13 +95,17 @@ def _peak(query: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor
     highest = keys.new_full((len(keys),), -torch.inf)
     for queries, of_units in zip(query.chunk(keys.shape[1], dim=1), keys.unbind(1), strict=True):
         grouped = queries.flatten(0, 1) * scale  # [T * H / G, D]
-        parts = [
-            (grouped @ some.flatten(0, 1).T).unflatten(1, (len(some), -1)).logsumexp(2)
-            for some in of_units.split(UNITS_AT_A_TIME)
-        ]
-        of_unit = torch.cat(parts, dim=1)
+        of_unit = torch.cat([_of_units(rows, of_units) for rows in grouped.split(ROWS_AT_A_TIME)])
         highest = torch.maximum(highest, _log_odds(of_unit).amax(0))
     return highest
+
+
+def _of_units(rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """log(sum(exp(logits))) of each of the rows [N, D] over the n keys of each unit [U, n, D]: [N, U]."""
+    parts = [
+        (rows @ some.flatten(0, 1).T).unflatten(1, (len(some), -1)).logsumexp(2) for some in keys.split(UNITS_AT_A_TIME)
+    ]
+    return torch.cat(parts, dim=1)
 
 
 def _log_odds(logits: torch.Tensor) -> torch.Tensor:
