@@ -36,10 +36,10 @@ VARIANTS: dict[str, tuple[str, Options, Options]] = {
 """The paper's rule with as many attended tokens, otherwise configured: its row, and what is set of InfLLM and vLLM."""
 TEXTS = {"grass": "passkey", "plays": "passkey-plain", "manual": "passkey-plain"}
 """By haystack, the wording that stock attention answers in it."""
-PICTURED = ("full", "streaming", "infllm", "infllm-peak")
+PICTURED = ("full", "streaming", "infllm", "infllm-peak", "infllm-peak-last")
 TIMED = ("grass", "lengths")
 """Runs that had a machine, of one kind each, to themselves; scores do not depend on it."""
-FIRST = ("--backends", "full,infllm,infllm-peak")
+FIRST = ("--backends", "full,infllm,infllm-peak,infllm-peak-last")
 """What tells most."""
 INTERIOR = "0.25,0.5,0.75"
 """Where at 4K and beyond the needle is neither initial nor in the window: there a rule decides."""

@@ -75,6 +75,7 @@ WRITTEN_OUT = {
     "bounds": each_head(lambda q, k, r, n: torch.maximum(q * k.amin(0), q * k.amax(0)).sum()),
     "zscore": zscore,
     "peak": peak,
+    "peak-last": lambda query, *others: peak(query[:, -rules.LAST :], *others),
     "peak-repr": peak_of_representatives,
 }
 
@@ -119,11 +120,12 @@ def test_a_rule_selects_as_it_is_written(name: Any, llm: Any, model: str) -> Non
     assert (ours - papers).abs().max() > 0.01
 
 
-def test_peak_is_the_same_however_many_units_are_scored_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_is_the_same_however_much_is_scored_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     unit = rules.UnitShape(heads=6, kv_heads=2, block_size=16, repr_topk=4)
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(5, 6, 32, generator=generator)
     summaries = torch.randn(9, 32, 32, generator=generator)
     whole = rules.peak(query, summaries, unit, 0.2)
     monkeypatch.setattr(rules, "UNITS_AT_A_TIME", 2)
+    monkeypatch.setattr(rules, "ROWS_AT_A_TIME", 4)
     torch.testing.assert_close(rules.peak(query, summaries, unit, 0.2), whole)

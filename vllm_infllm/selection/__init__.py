@@ -14,7 +14,7 @@ import torch
 from vllm_infllm.selection import rules
 from vllm_infllm.selection.rules import UnitShape
 
-RuleName = Literal["mean", "best", "average", "bounds", "zscore", "peak", "peak-repr"]
+RuleName = Literal["mean", "best", "average", "bounds", "zscore", "peak", "peak-last", "peak-repr"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ RULES: dict[RuleName, Rule] = {
     "bounds": Rule(lambda unit: 2 * unit.kv_heads, rules.least_and_greatest, rules.bounds),
     "zscore": Rule(lambda unit: unit.heads * unit.repr_topk, rules.representatives, rules.zscore),
     "peak": Rule(lambda unit: unit.kv_heads * unit.block_size, rules.all_keys, rules.peak),
+    "peak-last": Rule(lambda unit: unit.kv_heads * unit.block_size, rules.all_keys, rules.peak_of_last),
     "peak-repr": Rule(lambda unit: unit.heads * unit.repr_topk, rules.representatives, rules.peak_of_representatives),
 }
 assert {"mean", *RULES} == set(get_args(RuleName))

@@ -9,6 +9,8 @@ import torch
 
 ROWS_AT_A_TIME, UNITS_AT_A_TIME = 128, 8
 """Whose logits `peak` holds at once: few enough to stay in a core's cache."""
+LAST = 32
+"""Queries of an execution block that `peak-last` looks at: a question, or its end and the beginning of an answer."""
 
 
 class UnitShape(NamedTuple):
@@ -81,6 +83,11 @@ def peak(query: torch.Tensor, summaries: torch.Tensor, unit: UnitShape, scale: f
     is; summed over heads, as in the paper, it drowns in heads that look for nothing in particular.
     """
     return _peak(query, summaries.unflatten(1, (unit.kv_heads, -1)), scale)
+
+
+def peak_of_last(query: torch.Tensor, summaries: torch.Tensor, unit: UnitShape, scale: float) -> torch.Tensor:
+    """`peak`, over the last queries of the execution block only."""
+    return peak(query[-LAST:], summaries, unit, scale)
 
 
 def peak_of_representatives(
