@@ -82,6 +82,9 @@ RUNS: dict[str, list[list[str]]] = {
     "needles": [
         ["needle-multivalue", "needle-multiquery", *configured("plays", "--lengths", "8k", "--samples", "3", *FIRST)],
     ],
+    "perplexity": [
+        ["perplexity", *configured("plays", "--lengths", "8k", "--samples", "2", *FIRST)],
+    ],
     "grass": [
         keys("grass", "--lengths", "4k", "--samples", "5", "--backends", "full"),
         keys("grass", "--lengths", "4k,8k,16k", "--samples", "5"),
@@ -139,7 +142,7 @@ def write_tables() -> None:
 
 def _tables(records: list[Record], timed: bool) -> str:
     tables = [report.scores(records), report.retrieved(records), *([report.times(records)] if timed else [])]
-    return "\n\n".join(f"{table.title}:\n\n{table.markdown()}" for table in tables)
+    return "\n\n".join(f"{table.title}:\n\n{table.markdown()}" for table in tables if table.rows)
 
 
 def _records(name: str) -> list[Record]:
