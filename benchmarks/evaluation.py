@@ -15,6 +15,7 @@ from benchmarks.tables import fill_in
 from vllm_infllm.selection import RULES
 from vllm_infllm.tools import cli
 from vllm_infllm.tools.eval import pictures, report
+from vllm_infllm.tools.eval.command import DEMO_INFLLM
 from vllm_infllm.tools.eval.results import Record
 from vllm_infllm.tools.tables import Table
 
@@ -27,7 +28,6 @@ RULE_ROWS = {
     **{f"infllm-{rule}": f"`{rule}`" for rule in RULES},
 }
 """By backend, how the table of selection rules calls it."""
-DEMO = {"n_local": 1024, "topk": 8}
 VARIANTS: dict[str, tuple[str, Options, Options]] = {
     "representatives": ("`mean`, `repr_topk` 16", {"repr_topk": 16}, {}),
     "units": ("`mean`, blocks of 64, `topk` 16", {"topk": 16}, {"block_size": 64}),
@@ -53,7 +53,15 @@ def keys(text: str, *more: str, infllm: Options = UNCHANGED, vllm: Options = UNC
 def configured(text: str, *more: str, infllm: Options = UNCHANGED, vllm: Options = UNCHANGED) -> list[str]:
     """Arguments for any task; float32, which is the same on every machine."""
     engine = {"dtype": "float32", **vllm}
-    return ["--haystack", text, "--infllm", json.dumps({**DEMO, **infllm}), "--engine", json.dumps(engine), *more]
+    return [
+        "--haystack",
+        text,
+        "--infllm",
+        json.dumps({**DEMO_INFLLM, **infllm}),
+        "--engine",
+        json.dumps(engine),
+        *more,
+    ]
 
 
 def _rules(text: str) -> list[list[str]]:

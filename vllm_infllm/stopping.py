@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from http import HTTPStatus
 from types import FrameType
@@ -119,9 +120,9 @@ def end_with_engine_core() -> None:
     """Let the kernel end this worker with its engine core, whatever it is doing and however busy the machine is.
 
     A worker of vLLM notices the end by itself and then winds up: seconds, in which its memory is not free for the next
-    server. Only below a process of vLLM's own: the kernel takes the end of the thread that started a worker for the end
-    of its parent, and in a program that uses vLLM as a library that may be any thread.
+    server. On Linux, and only below a process of vLLM's own: the kernel takes the end of the thread that started a
+    worker for the end of its parent, and in a program that uses vLLM as a library that may be any thread.
     """
     parent = multiprocessing.parent_process()
-    if parent is not None and parent.name.startswith(ENGINE_CORE):
+    if sys.platform == "linux" and parent is not None and parent.name.startswith(ENGINE_CORE):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
