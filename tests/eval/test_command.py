@@ -193,7 +193,10 @@ def test_folders_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixtu
     )
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
-    Results(tmp_path / "out", {"model": "m", "seed": 0})
+    open_ = Results(tmp_path / "out", {"model": "m", "seed": 0})
+    with pytest.raises(UsageError, match="another run writes there"):
+        Results(tmp_path / "out", {"model": "m", "seed": 0})
+    del open_
     with pytest.raises(UsageError, match="holds results of --seed 0, not 1; choose another folder"):
         Results(tmp_path / "out", {"model": "m", "seed": 1})
     (tmp_path / "out" / "results.jsonl").write_text("{}\n")

@@ -189,17 +189,13 @@ def _ask(backend: str, answering: Answering, evaluation: Evaluation, results: Re
             yield Request(point.id, sample.prompt, task.max_tokens, isinstance(task, Perplexity), needles)
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"))
-    with (
-        Progress(
-            *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, speed_estimate_period=3600
-        ) as bar,
-        results.append() as add,
-    ):
+    clocks = (TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, *clocks, console=console, speed_estimate_period=3600) as bar:
         total = sum(point.length for point in left)
         line = bar.add_task(backend, total=total, state=f"{done} of {len(evaluation.points)} prompts; starting")
         for answer in answering(requests()):
             point, sample = asked.pop(answer.id)
-            add(_record(backend, evaluation.tasks[point.task], point, sample, answer))
+            results.add(_record(backend, evaluation.tasks[point.task], point, sample, answer))
             done += 1
             bar.update(line, advance=point.length, state=f"{done} of {len(evaluation.points)} prompts")
 

@@ -1,12 +1,12 @@
 """The folder of an evaluation: settings.json, and results.jsonl with a line for each sample that was answered."""
 
-import contextlib
+import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from vllm_infllm.tools import UsageError
 
@@ -36,16 +36,18 @@ class Record:
 
 
 class Results:
-    """Records of a folder, by backend and sample; every one is on the disk before the next sample's is."""
+    """Records of a folder, by backend and sample; every one is on the disk before the next sample's is.
+
+    The folder is this run's alone for as long as the object lives.
+    """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         """Open a folder or make it.
 
         Raises:
-            UsageError: if it cannot be written, or holds results of other settings.
+            UsageError: if it cannot be written, holds results of other settings, or another run writes there.
         """
         self.folder = folder
-        self._file = folder / "results.jsonl"
         written = folder / "settings.json"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -55,10 +57,10 @@ class Results:
                 raise UsageError(f"--output {folder}: holds files of something else; choose a new folder")
             else:
                 _write_whole(written, json.dumps(settings, indent=2) + "\n")
-            _drop_torn_line(self._file)
+            self._file = _open_alone(folder)
             self.records = {
                 (record.backend, record.sample): record
-                for record in (Record(**json.loads(line)) for line in self._file.read_text().splitlines())
+                for record in (Record(**json.loads(line)) for line in _whole_lines(self._file))
             }
         except OSError as error:
             raise UsageError(f"--output {folder}: {error.strerror}") from error
@@ -68,18 +70,12 @@ class Results:
     def has(self, backend: str, sample: str) -> bool:
         return (backend, sample) in self.records
 
-    @contextlib.contextmanager
-    def append(self) -> Iterator[Any]:
-        """Hands out a function that adds one record, to memory and to the disk."""
-        with self._file.open("a") as file:
-
-            def add(record: Record) -> None:
-                file.write(json.dumps(asdict(record)) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-                self.records[record.backend, record.sample] = record
-
-            yield add
+    def add(self, record: Record) -> None:
+        """To memory and to the disk."""
+        self._file.write(f"{json.dumps(asdict(record))}\n".encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.records[record.backend, record.sample] = record
 
 
 def _compare(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
@@ -99,9 +95,25 @@ def _write_whole(file: Path, text: str) -> None:
     part.rename(file)
 
 
-def _drop_torn_line(file: Path) -> None:
-    """Cut off a last line that a killed run did not finish; makes the file if there is none."""
-    with file.open("a+b") as raw:
-        raw.seek(0)
-        content = raw.read()
-        raw.truncate(content.rfind(b"\n") + 1)
+def _open_alone(folder: Path) -> IO[bytes]:
+    """The file of results, made if there is none; locked until it is closed."""
+    file = (folder / "results.jsonl").open("a+b")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UsageError(
+            f"--output {folder}: another run writes there; wait for it, or choose another folder"
+        ) from None
+    except OSError:
+        # Some file systems of clusters have no locks, and are what results lie on.
+        pass
+    return file
+
+
+def _whole_lines(file: IO[bytes]) -> list[bytes]:
+    """Its lines; a last one that a killed run did not finish is cut off."""
+    file.seek(0)
+    content = file.read()
+    file.truncate(content.rfind(b"\n") + 1)
+    return content.split(b"\n")[:-1]
