@@ -12,8 +12,7 @@ def worker(ready: Connection) -> None:
     """Deaf to everything, as one may be that is in the middle of a step on a busy machine."""
     stopping.end_with_engine_core()
     ready.send(os.getpid())
-    while True:
-        time.sleep(60)
+    time.sleep(600)
 
 
 def engine_core(ready: Connection) -> None:
