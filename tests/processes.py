@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 from vllm_infllm import stopping
@@ -18,3 +19,18 @@ def worker(ready: Connection) -> None:
 def engine_core(ready: Connection) -> None:
     multiprocessing.get_context("spawn").Process(target=worker, args=(ready,)).start()
     time.sleep(600)
+
+
+class Garbage:
+    """Refers to itself, so only Python's search for garbage finds it; calls `found` then."""
+
+    def __init__(self, found: Callable[[], None]) -> None:
+        self.found, self.itself = found, self
+
+    def __del__(self) -> None:
+        self.found()
+
+
+def process_with_garbage(found: Connection) -> None:
+    stopping.end_soon()
+    Garbage(lambda: found.send("at the end"))

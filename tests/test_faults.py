@@ -169,3 +169,4 @@ def test_host_memory_that_cannot_be_had(llama_with_tokenizer: str, tmp_path: Pat
         server.wait_for(lambda: bool(server.lines(message)))
         shared_memory, since = server.shared_memory(), time.monotonic()
         assert_ended(server, 1, shared_memory, since)
+        assert not server.lines("Exception ignored")

@@ -18,9 +18,10 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from vllm.exceptions import GracefulHTTPError
+from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from tests.processes import engine_core, worker
+from tests.processes import engine_core, process_with_garbage, worker
 from vllm_infllm import stopping
 
 
@@ -72,6 +73,27 @@ def test_the_end_of_the_engine_core_is_no_failure_while_the_server_stops() -> No
         processor.propagate_error(EngineDeadError())
     (error,) = told
     assert isinstance(error, GracefulHTTPError) and error.http_status == HTTPStatus.SERVICE_UNAVAILABLE
+
+
+def test_an_engine_that_could_not_start_is_shut_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM does that to one of which only the configuration was made."""
+    monkeypatch.setattr(AsyncLLM, "shutdown", AsyncLLM.shutdown)
+    monkeypatch.setattr(AsyncLLM, "__del__", lambda self: None)
+    stopping._wrap_shutdown("InfLLMConnector")
+    engine = AsyncLLM.__new__(AsyncLLM)
+    engine.vllm_config = SimpleNamespace(kv_transfer_config=SimpleNamespace(kv_connector="InfLLMConnector"))
+    engine.shutdown()
+
+
+@pytest.mark.parametrize("name, found", [("EngineCore_DP0", False), ("VllmWorker-1", False), ("Process-1", True)])
+def test_a_process_of_vllm_ends_without_a_search_for_garbage(name: str, found: bool) -> None:
+    """And one of a program that uses vLLM as a library ends as always."""
+    receive, send = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("spawn").Process(target=process_with_garbage, args=(send,), name=name)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert receive.poll() == found
 
 
 def test_a_worker_ends_with_a_killed_engine_core() -> None:

@@ -304,6 +304,8 @@ vllm.exceptions:GracefulHTTPError -- the one that becomes an HTTP status
     calls GracefulHTTPError(message, http_status)
 vllm.v1.engine.utils:CoreEngineProcManager.__init__ -- by its name a worker knows an engine core
     says name=f'EngineCore_DP{global_index}' if is_dp else 'EngineCore'
+vllm.v1.executor.multiproc_executor:WorkerProc.make_worker_process -- by its name a worker knows itself
+    says name=f'VllmWorker-{rank}'
 vllm.entrypoints.launchers.launcher:serve_http -- engine first, clients then; handlers that replace ours
     says loop.add_signal_handler(signal.SIGINT, signal_handler)
     says loop.add_signal_handler(signal.SIGTERM, signal_handler)

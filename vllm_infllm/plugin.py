@@ -62,7 +62,11 @@ def unsupported_vllm() -> str | None:
 
 
 def backend_member() -> "AttentionBackendEnum":
-    """The enum member of the backend; pickles in place of the member itself."""
+    """The enum member of the backend; pickles in place of the member itself.
+
+    So it is asked for where a process of vLLM begins that runs an engine with InfLLM.
+    """
+    stopping.end_soon()
     _register_backend()
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 

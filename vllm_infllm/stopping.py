@@ -7,6 +7,7 @@ But for the worker's part it is set up where an engine's configuration is made, 
 import atexit
 import ctypes
 import functools
+import gc
 import multiprocessing
 import os
 import shutil
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 
 STARTING = "vllm.entrypoints.launchers.api_server.entry"
 """The module of `vllm serve` whose signal handler is there until the server answers."""
-ENGINE_CORE = "EngineCore"
-"""How the names of vLLM's engine core processes begin."""
+ENGINE_CORE, WORKER = "EngineCore", "VllmWorker"
+"""How the names of vLLM's processes begin."""
 PR_SET_PDEATHSIG = 1
 LONGEST_TEMPORARY = 107 - len("/vllm-12345678/") - 36
 """Length of a directory for temporary files in which one of ours can hold a socket, which vLLM names by a UUID."""
@@ -36,6 +37,7 @@ def prepare(connector: str) -> None:
     if getattr(signal.getsignal(signal.SIGTERM), "__module__", None) == STARTING:
         _heed_signals()
         _keep_temporary_files_together()
+        _leave_memory_to_the_system()
 
 
 def _wrap_shutdown(connector: str) -> None:
@@ -52,7 +54,8 @@ def _wrap_shutdown(connector: str) -> None:
 
     @functools.wraps(original)
     def shutdown(self: "AsyncLLM", timeout: float | None = None) -> None:
-        transfer, handler = self.vllm_config.kv_transfer_config, self.output_handler
+        # vLLM shuts down an engine that could not start as well, from where it is collected.
+        transfer, handler = self.vllm_config.kv_transfer_config, getattr(self, "output_handler", None)
         ours = transfer is not None and transfer.kv_connector == connector and handler is not None
         if ours:
             _errors_are_the_stop(self.output_processor)
@@ -114,6 +117,19 @@ def _keep_temporary_files_together() -> None:
         folder = tempfile.mkdtemp(prefix="vllm-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         os.environ["TMPDIR"] = tempfile.tempdir = folder
+
+
+def end_soon() -> None:
+    """Let this process end without a search for garbage, if it is an engine core or a worker of vLLM."""
+    if multiprocessing.current_process().name.startswith((ENGINE_CORE, WORKER)):
+        _leave_memory_to_the_system()
+
+
+def _leave_memory_to_the_system() -> None:
+    """Python looks for garbage among all objects as it ends: 1.5 s of work after vLLM's imports. The three processes of
+    a server that cannot start end one after another, on a busy machine in more time than an operator's patience.
+    """
+    atexit.register(gc.freeze)
 
 
 def end_with_engine_core() -> None:
