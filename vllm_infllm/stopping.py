@@ -56,11 +56,12 @@ def _wrap_shutdown(connector: str) -> None:
     def shutdown(self: "AsyncLLM", timeout: float | None = None) -> None:
         # vLLM shuts down an engine that could not start as well, from where it is collected.
         transfer, handler = self.vllm_config.kv_transfer_config, getattr(self, "output_handler", None)
-        ours = transfer is not None and transfer.kv_connector == connector and handler is not None
-        if ours:
+        if transfer is None or transfer.kv_connector != connector:
+            handler = None
+        if handler is not None:
             _errors_are_the_stop(self.output_processor)
         original(self, timeout=timeout)
-        if ours and not (loop := handler.get_loop()).is_closed():
+        if handler is not None and not (loop := handler.get_loop()).is_closed():
             # vLLM calls this from a thread.
             loop.call_soon_threadsafe(self.output_processor.propagate_error, EngineDeadError())
 
