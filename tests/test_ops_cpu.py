@@ -8,7 +8,7 @@ that are not written yet, attention received by earlier owners, units that were 
 import math
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
@@ -82,6 +82,10 @@ class Sizes:
     def rope(self, max_len: int, dtype: torch.dtype) -> RotaryTable:
         table = rotary_table(max_len, self.rotary_dim, self.attention_factor)
         return RotaryTable(table.to(dtype).float(), self.neox)
+
+
+LONG = Sizes(block_size=128, window_blocks=4, exc=256, topk=8, heads=8, kv_heads=2, head_size=64, rotary_dim=64)
+"""Windows and stored blocks of many tiles."""
 
 
 @dataclass(frozen=True)
@@ -230,6 +234,12 @@ class Scene:
         for request in self.requests:
             sealed = request.units[self.sizes.init_blocks : self.sizes.geometry.stored_blocks(request.task.start)]
             self.representatives[sealed] = self._normal(len(sealed), *self.representatives.shape[1:])
+
+    def fill_sealed_units(self) -> None:
+        """All of them, but not the blocks of initial tokens."""
+        for request in self.requests:
+            stored = self.sizes.geometry.stored_blocks(request.task.start)
+            self.fill_units(request.units[self.sizes.init_blocks : stored])
 
     def fill_units(self, units: Tensor) -> None:
         """Give these units keys and values."""
@@ -403,8 +413,37 @@ def test_write_fills_its_slots_and_no_others(dtype: torch.dtype, sizes: Sizes, c
 # --- select ----------------------------------------------------------------------------------------------------------
 
 
-def assert_best_are_chosen(scene: Scene, batch: Batch, chosen: Tensor) -> None:
-    """Initial tokens and the best units, in order, up to what float32 can tell apart; -1 behind the last."""
+def mean_scores(scene: Scene, far: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores of units by the paper's rule for far queries [T, H, D] float64, and how far rounding may move them."""
+    keys = scene.representatives[units].double()
+    scores = torch.einsum("hd,uhd->u", far.mean(0), keys)
+    return scores, 4e-6 * torch.einsum("hd,uhd->u", far.abs().mean(0), keys.abs()).max()
+
+
+def peak_scores(scene: Scene, far: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by the largest share of attention, as log-odds."""
+    scale, keys = scene.sizes.settings.scale, scene.unit_keys[units].double()
+    grouped = far.unflatten(1, (keys.shape[1], -1))
+    logits = torch.einsum("tkgd,ukbd->tkgub", grouped, keys).flatten(0, 2) * scale
+    of_units = logits.logsumexp(2)
+    best = torch.nn.functional.one_hot(of_units.argmax(1), len(units)).bool()
+    but_best = of_units.masked_fill(best, -math.inf).logsumexp(1, keepdim=True)
+    but_one = torch.logaddexp(but_best, of_units.amax(1, keepdim=True)).exp() - of_units.exp()
+    others = torch.where(best, but_best, but_one.log())
+    size = torch.einsum("tkgd,ukbd->tkgub", grouped.abs(), keys.abs()).max() * scale
+    # The dot-product instruction takes rounded queries.
+    rounds_queries = scene.dtype == torch.bfloat16 and "avx512_bf16" in cpu.describe()
+    return (of_units - others).amax(0), (2**-8 if rounds_queries else 2e-6) * size
+
+
+def assert_best_are_chosen(
+    scene: Scene,
+    batch: Batch,
+    chosen: Tensor,
+    scores_of: Callable[[Scene, Tensor, Tensor], tuple[Tensor, Tensor]] = mean_scores,
+    last: int = 1 << 20,
+) -> None:
+    """Initial tokens and the best units for the last queries, in order, up to rounding; -1 behind the last unit."""
     settings = scene.sizes.settings
     assert chosen.dtype == torch.int64 and chosen.shape == (len(batch.blocks.rows), batch.blocks.num_chosen)
     for row, tokens, ids in zip(batch.blocks.rows.tolist(), batch.tokens, chosen, strict=True):
@@ -418,9 +457,7 @@ def assert_best_are_chosen(scene: Scene, batch: Batch, chosen: Tensor) -> None:
             continue
         positions = torch.arange(row[Row.START], row[Row.END])
         far = scene.rope.far(batch.query[tokens], positions, settings.n_local).double()
-        keys = scene.representatives[stored[settings.init_blocks :]].double()
-        scores = torch.einsum("hd,uhd->u", far.mean(0), keys)
-        rounding = 4e-6 * torch.einsum("hd,uhd->u", far.abs().mean(0), keys.abs()).max()
+        scores, rounding = scores_of(scene, far[-last:], torch.tensor(stored[settings.init_blocks :]))
         taken = torch.zeros(len(scores), dtype=torch.bool)
         taken[[place - settings.init_blocks for place in places[settings.init_blocks :]]] = True
         assert scores[taken].min() >= scores[~taken].max() - rounding
@@ -478,6 +515,78 @@ def test_select_takes_the_lower_of_equal_units(dtype: torch.dtype, topk: int) ->
     assert torch.equal(chosen[1, 1 : topk + 1], scene.requests[1].units[1 : topk + 1])
 
 
+def select_peak(scene: Scene, batch: Batch, ops: ModuleType, last: int) -> Tensor:
+    dtype = scene.dtype if ops is cpu else torch.float32
+    _, memory = scene.packed(ops, dtype)
+    chosen: Tensor = ops.select_peak(
+        batch.blocks, scene.sizes.settings, scene.rope, batch.query.to(dtype), memory.keys, last
+    )
+    return chosen
+
+
+@pytest.mark.usefixtures("isa")
+@in_every_dtype
+@settings(max_examples=25, deadline=None)
+@given(st.data(), any_sizes(), st.sampled_from([1, 3, 32, 1 << 30]), SEEDS)
+def test_select_peak_takes_the_units_of_the_largest_shares(
+    dtype: torch.dtype, data: st.DataObject, sizes: Sizes, last: int, seed: int
+) -> None:
+    """By the last queries of each row, in C++ and in the reference."""
+    scene = Scene(sizes, data.draw(any_tasks(sizes), label="tasks"), dtype, seed)
+    scene.fill_sealed_units()
+    batch = scene.batch()
+    for ops in (cpu, reference):
+        assert_best_are_chosen(scene, batch, select_peak(scene, batch, ops, last), peak_scores, last)
+
+
+@pytest.mark.usefixtures("isa")
+@in_every_dtype
+@pytest.mark.parametrize("sharpness", [0.3, 40.0])
+def test_select_peak_among_more_than_a_thousand_units(dtype: torch.dtype, sharpness: float) -> None:
+    """Where attention is spread over all of them, and where almost all of it is on one."""
+    scene = Scene(Sizes(topk=16, window_blocks=3, sharpness=sharpness), MANY_UNITS, dtype, seed=1)
+    scene.fill_sealed_units()
+    batch = scene.batch()
+    for last in (4, 32):
+        assert_best_are_chosen(scene, batch, select_peak(scene, batch, cpu, last), peak_scores, last)
+
+
+@pytest.mark.usefixtures("isa")
+@in_every_dtype
+@pytest.mark.parametrize("topk", [1, 16, 500])
+def test_select_peak_takes_the_lower_of_equal_units(dtype: torch.dtype, topk: int) -> None:
+    """Where keys are equal, or queries zero."""
+    scene = Scene(Sizes(topk=topk, window_blocks=3), MANY_UNITS, dtype, seed=2)
+    scene.fill_sealed_units()
+    sealed = scene.requests[0].units[1 : scene.sizes.geometry.stored_blocks(MANY_UNITS[0].start)]
+    best = select_peak(scene, scene.batch(), cpu, 1)[0, 1 : topk + 1]
+    scene.unit_keys[sealed[: topk + 3]] = scene.unit_keys[best[-1]].clone()
+    scene.requests[1].query.zero_()
+    chosen = select_peak(scene, scene.batch(), cpu, 1)
+    assert torch.equal(chosen[1, 1 : topk + 1], scene.requests[1].units[1 : topk + 1])
+    equal = [u for u, keys in enumerate(scene.unit_keys[sealed]) if torch.equal(keys, scene.unit_keys[best[-1]])]
+    taken = [u for u, unit in enumerate(sealed.tolist()) if unit in chosen[0, 1 : topk + 1].tolist() and u in equal]
+    assert taken == equal[: len(taken)] and taken
+
+
+@pytest.mark.usefixtures("isa")
+@in_every_dtype
+@pytest.mark.parametrize("last", [1, 32, 1 << 30])
+def test_select_peak_does_not_depend_on_batch_and_threads(dtype: torch.dtype, last: int) -> None:
+    """Also where rows are split over threads."""
+    scene = Scene(LONG, [Task(2560, 2670), Task(5003, 5004), Task(128, 130), Task(4000, 4001)], dtype, 5)
+    scene.fill_sealed_units()
+    together = select_peak(scene, scene.batch(), cpu, last)
+    for i in range(len(scene.requests)):
+        alone = select_peak(scene, scene.batch([i]), cpu, last)[0]
+        assert torch.equal(together[i, : len(alone)], alone)
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(select_peak(scene, scene.batch(), cpu, last), together)
+    finally:
+        torch.set_num_threads(1)
+
+
 # --- attend ----------------------------------------------------------------------------------------------------------
 
 
@@ -496,10 +605,6 @@ def test_attend_equals_the_reference(
     got = attend(scene, batch, chosen, cpu, dtype, from_slots, weigh)
     expected = attend(scene, batch, chosen, reference, torch.float32, from_slots, weigh)
     assert_same_attention(scene, batch, chosen, got, expected)
-
-
-LONG = Sizes(block_size=128, window_blocks=4, exc=256, topk=8, heads=8, kv_heads=2, head_size=64, rotary_dim=64)
-"""Windows and stored blocks of many tiles."""
 
 
 @pytest.mark.usefixtures("isa")

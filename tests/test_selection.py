@@ -12,8 +12,7 @@ from tests.engines import infllm_engine, plan, prompt_logprobs
 from tests.oracle import OracleConfig, highest
 from tests.oracle_model import oracle_logprobs
 from vllm_infllm import selection
-from vllm_infllm.selection import rules
-from vllm_infllm.selection.layer import LayerSelection
+from vllm_infllm.selection.layer import allocate
 from vllm_infllm.worker.base import infllm_impls
 
 SIZES = {"n_init": 32, "n_local": 128, "topk": 3, "repr_topk": 2, "exc_block_size": 80}
@@ -75,7 +74,7 @@ WRITTEN_OUT = {
     "bounds": each_head(lambda q, k, r, n: torch.maximum(q * k.amin(0), q * k.amax(0)).sum()),
     "zscore": zscore,
     "peak": peak,
-    "peak-last": lambda query, *others: peak(query[:, -rules.LAST :], *others),
+    "peak-last": lambda query, *others: peak(query[:, -32:], *others),
     "peak-repr": peak_of_representatives,
 }
 
@@ -88,7 +87,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def llm(model: str) -> Iterator[Any]:
     with infllm_engine(
-        model, {**SIZES, "selection": "peak"}, block_size=BLOCK_SIZE, max_model_len=1024, max_num_batched_tokens=256
+        model, {**SIZES, "selection": "zscore"}, block_size=BLOCK_SIZE, max_model_len=1024, max_num_batched_tokens=256
     ) as llm:
         yield llm
 
@@ -97,12 +96,19 @@ def impls(llm: Any) -> list[Any]:
     return list(infllm_impls(llm.llm_engine.vllm_config).values())
 
 
+def test_the_rule_peak_keeps_nothing_beside_the_store(model: str) -> None:
+    # Before the fixture `llm`: vLLM has one KV connector a process.
+    with infllm_engine(model, {**SIZES, "selection": "peak-last"}, block_size=BLOCK_SIZE, max_model_len=1024) as llm:
+        assert all(impl.selection.rule is selection.RULES["peak-last"] for impl in impls(llm))
+        assert plan(llm).unit_bytes == len(impls(llm)) * (2 * 2 * BLOCK_SIZE * 32 * 4 + 4 * 32 * 4)
+
+
 def test_the_configured_rule_runs_and_its_summaries_are_in_the_memory_plan(llm: Any) -> None:
-    """A rule that keeps all keys keeps KH * B vectors of a unit beside the representatives."""
+    """A rule that keeps representatives one by one keeps H * repr_topk vectors of a unit beside their means."""
     for impl in impls(llm):
-        assert impl.selection.rule is selection.RULES["peak"]
-        assert impl.selection.summaries.shape[1:] == (2 * BLOCK_SIZE, 32)
-    unit, representatives, summary = 2 * 2 * BLOCK_SIZE * 32 * 4, 4 * 32 * 4, 2 * BLOCK_SIZE * 32 * 4
+        assert impl.selection.rule is selection.RULES["zscore"]
+        assert impl.selection.summaries.shape[1:] == (4 * 2, 32)
+    unit, representatives, summary = 2 * 2 * BLOCK_SIZE * 32 * 4, 4 * 32 * 4, 4 * 2 * 32 * 4
     assert plan(llm).unit_bytes == len(impls(llm)) * (unit + representatives + summary)
 
 
@@ -110,7 +116,7 @@ def test_the_configured_rule_runs_and_its_summaries_are_in_the_memory_plan(llm: 
 def test_a_rule_selects_as_it_is_written(name: Any, llm: Any, model: str) -> None:
     """Every log-probability of 700 tokens as by the oracle with this rule, and not as by the paper's."""
     for impl in impls(llm):
-        impl.selection = LayerSelection.allocate(selection.RULES[name], impl.memory, SIZES["repr_topk"])
+        impl.selection = allocate(selection.RULES[name], impl.ops, impl.memory, SIZES["repr_topk"])
     prompt = tiny_models.tokens(700)
     (ours,) = prompt_logprobs(llm, [prompt])
     config = OracleConfig(BLOCK_SIZE, 32, 128, 3, 2, 80, rule=WRITTEN_OUT[name])
@@ -118,14 +124,3 @@ def test_a_rule_selects_as_it_is_written(name: Any, llm: Any, model: str) -> Non
     assert error.max() < 1e-3, f"largest {error.max():.5f} at token {error.argmax() + 1}, mean {error.mean():.6f}"
     papers = oracle_logprobs(model, OracleConfig(BLOCK_SIZE, 32, 128, 3, 2, 80), prompt)
     assert (ours - papers).abs().max() > 0.01
-
-
-def test_peak_is_the_same_however_much_is_scored_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    unit = rules.UnitShape(heads=6, kv_heads=2, block_size=16, repr_topk=4)
-    generator = torch.Generator().manual_seed(0)
-    query = torch.randn(5, 6, 32, generator=generator)
-    summaries = torch.randn(9, 32, 32, generator=generator)
-    whole = rules.peak(query, summaries, unit, 0.2)
-    monkeypatch.setattr(rules, "UNITS_AT_A_TIME", 2)
-    monkeypatch.setattr(rules, "ROWS_AT_A_TIME", 4)
-    torch.testing.assert_close(rules.peak(query, summaries, unit, 0.2), whole)

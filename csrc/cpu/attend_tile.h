@@ -12,6 +12,7 @@ namespace {
 
 constexpr int64_t kFar = int64_t(1) << 40;
 constexpr float kNothing = -__builtin_inff();
+constexpr float kLog2E = 1.44269504088896341f;  // exponentials are powers of two
 
 /// One key tile: columns [begin, end) of keys at token `token`, begin and capacity multiples of 16. Query t sees the
 /// columns [max(begin, t + low), min(end, t + high)).
@@ -104,13 +105,12 @@ inline Panels<T> value_panels(const Sizes& z, const Tile<T>& tile, const Tile<T>
 template <class T>
 class Products {
  public:
-  Products(const AttendArgs& args, int64_t m, Queries queries, float* scratch)
-      : z_(args.sizes), m_(m), queries_(queries), keys_(scratch), values_(scratch + kTileTokens * z_.head_size) {}
+  Products(const Sizes& sizes, int64_t m, Queries queries, float* scratch)
+      : z_(sizes), m_(m), queries_(queries), keys_(scratch), values_(scratch + kTileTokens * z_.head_size) {}
 
-  /// scores [m, stride] of the tile's columns, from its first; `next` is the tile that follows.
-  void scores(const Tile<T>& tile, const T* keys, const Tile<T>& next, float* scores, int64_t stride) {
-    const float* q = tile.far ? queries_.far : queries_.near;
-    const Panels<T> from = key_panels(z_, tile, keys, next);
+  /// scores [m, stride] of queries, near or far, and keys.
+  void scores(bool far, const Panels<T>& from, float* scores, int64_t stride) {
+    const float* q = far ? queries_.far : queries_.near;
     if (expands()) {
       expand(from.first, from.stride, keys_, from.stride, from.count, z_.head_size);
       const Panels<float> expanded{keys_, from.stride, from.count, 0};
@@ -146,14 +146,13 @@ class Products {
 template <>
 class Products<bf16> {
  public:
-  Products(const AttendArgs& args, int64_t m, Queries queries, float* scratch)
-      : z_(args.sizes), m_(m), near_((bf16*)scratch), far_(near_ + m * z_.head_size), p_(far_ + m * z_.head_size) {
+  Products(const Sizes& sizes, int64_t m, Queries queries, float* scratch)
+      : z_(sizes), m_(m), near_((bf16*)scratch), far_(near_ + m * z_.head_size), p_(far_ + m * z_.head_size) {
     round_rows(queries.near, m * z_.head_size, near_);
     round_rows(queries.far, m * z_.head_size, far_);
   }
-  void scores(const Tile<bf16>& tile, const bf16* keys, const Tile<bf16>& next, float* scores, int64_t stride) {
-    const bf16* q = tile.far ? far_ : near_;
-    dot_product(q, z_.head_size, m_, key_panels(z_, tile, keys, next), z_.head_size, scores, stride, false);
+  void scores(bool far, const Panels<bf16>& from, float* scores, int64_t stride) {
+    dot_product(far ? far_ : near_, z_.head_size, m_, from, z_.head_size, scores, stride, false);
   }
   void values(const Tile<bf16>& tile, const Tile<bf16>& next, const float* probabilities, int64_t stride,
               float* output) {
@@ -202,7 +201,7 @@ void attend(const AttendArgs& args, const AttendItem& item, const Tiles& tiles, 
             const Tiles& then_tiles, const Partial& out, float* scratch) {
   const Sizes& z = args.sizes;
   const int64_t group = z.group(), m = (item.last - item.first) * group, size = z.head_size;
-  const float scale = args.scale * 1.44269504088896341f;  // log2(e): exponentials are powers of two
+  const float scale = args.scale * kLog2E;
   Queries queries{scratch, scratch + m * size};
   float* own_scores = queries.far + m * size;
   T* unrotated = (T*)(own_scores + m * kTileTokens);
@@ -210,7 +209,7 @@ void attend(const AttendArgs& args, const AttendItem& item, const Tiles& tiles, 
   float* panels = coefficients + kCoefficients;
 
   load_queries<T>(args, item, queries);
-  Products<T> products(args, m, queries, panels + kTileTokens * size);
+  Products<T> products(z, m, queries, panels + kTileTokens * size);
   for (int64_t r = 0; r < m; ++r) {
     out.highest[r] = kNothing;
     out.sum[r] = 0;
@@ -232,7 +231,7 @@ void attend(const AttendArgs& args, const AttendItem& item, const Tiles& tiles, 
     const int64_t stride = kept ? tiles.width : kTileTokens, columns = tile.end - tile.begin;
     const Tile<T> next = index + 1 < item.tile_end ? tile_at<T>(args, item, tiles, index + 1)
                                                    : tile_at<T>(args, then, then_tiles, then.tile_begin);
-    products.scores(tile, keys, next, scores, stride);
+    products.scores(tile.far, key_panels(z, tile, keys, next), scores, stride);
     for (int64_t r = 0; r < m; ++r) {
       const int64_t t = item.first + r / group;
       float total;

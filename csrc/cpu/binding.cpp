@@ -89,16 +89,33 @@ void write_op(Tensor cache, Tensor key, Tensor value, Tensor slots) {
                 slots.size(0));
 }
 
+infllm::SelectArgs select_args(const infllm::Sizes& z, const Tensor& query, const Tensor& cos_sin, bool neox,
+                               const Tensor& rows, const Tensor& units, const Tensor& chosen, int64_t n_local,
+                               int64_t init_blocks, int64_t topk) {
+  return {z, rope_of(cos_sin, neox, z), n_local, init_blocks, topk, rows_of(rows, cos_sin.size(0)), rows.size(0),
+          checked<const int64_t>(units, ScalarType::Long, 1, "units"), tokens_of(query, query.scalar_type(), "query"),
+          static_cast<int64_t*>(chosen.data_ptr()), chosen.size(1)};
+}
+
 Tensor select_op(Tensor query, Tensor representatives, Tensor cos_sin, bool neox, Tensor rows, Tensor units,
               int64_t num_chosen, int64_t n_local, int64_t init_blocks, int64_t topk) {
   const infllm::Sizes z = sizes_of(query.size(1), query.size(1), query.size(2), 16);
   Tensor chosen = torch::stable::new_empty(rows, {rows.size(0), num_chosen});
   infllm::select(dtype_of(query, "query"),
-                 {z, rope_of(cos_sin, neox, z), n_local, init_blocks, topk, rows_of(rows, cos_sin.size(0)),
-                  rows.size(0), checked<const int64_t>(units, ScalarType::Long, 1, "units"),
-                  tokens_of(query, query.scalar_type(), "query"),
-                  checked<const void>(representatives, query.scalar_type(), 3, "representatives"),
-                  static_cast<int64_t*>(chosen.data_ptr()), num_chosen});
+                 {select_args(z, query, cos_sin, neox, rows, units, chosen, n_local, init_blocks, topk),
+                  checked<const void>(representatives, query.scalar_type(), 3, "representatives")});
+  return chosen;
+}
+
+Tensor select_peak_op(Tensor query, Tensor keys, Tensor cos_sin, bool neox, Tensor rows, Tensor units,
+                      int64_t num_chosen, int64_t n_local, int64_t init_blocks, int64_t topk, int64_t last,
+                      double scale) {
+  const infllm::Sizes z = sizes_of(query.size(1), keys.size(1), query.size(2), keys.size(2));
+  const infllm::Packed store = store_of(keys, keys, query.scalar_type(), z);
+  Tensor chosen = torch::stable::new_empty(rows, {rows.size(0), num_chosen});
+  infllm::select_peak(dtype_of(query, "query"),
+                      {select_args(z, query, cos_sin, neox, rows, units, chosen, n_local, init_blocks, topk),
+                       store.keys, store.block_stride, store.head_stride, last, static_cast<float>(scale)});
   return chosen;
 }
 
@@ -144,6 +161,9 @@ STABLE_TORCH_LIBRARY(vllm_infllm, m) {
       "select(Tensor query, Tensor representatives, Tensor cos_sin, bool neox, Tensor rows, Tensor units, "
       "int num_chosen, int n_local, int init_blocks, int topk) -> Tensor");
   m.def(
+      "select_peak(Tensor query, Tensor keys, Tensor cos_sin, bool neox, Tensor rows, Tensor units, int num_chosen, "
+      "int n_local, int init_blocks, int topk, int last, float scale) -> Tensor");
+  m.def(
       "attend(Tensor(a!) output, Tensor query, Tensor cache, Tensor keys, Tensor values, Tensor(b!) received, "
       "Tensor cos_sin, bool neox, Tensor rows, Tensor block_table, Tensor chosen, Tensor? slots, Tensor(c!)? mass, "
       "int n_local, float scale) -> ()");
@@ -155,6 +175,7 @@ STABLE_TORCH_LIBRARY(vllm_infllm, m) {
 STABLE_TORCH_LIBRARY_IMPL(vllm_infllm, CPU, m) {
   m.impl("write", TORCH_BOX(&write_op));
   m.impl("select", TORCH_BOX(&select_op));
+  m.impl("select_peak", TORCH_BOX(&select_peak_op));
   m.impl("attend", TORCH_BOX(&attend_op));
   m.impl("seal", TORCH_BOX(&seal_op));
 }

@@ -21,6 +21,13 @@ struct AttendItem {
   int64_t tile_begin, tile_end;
 };
 
+/// Units [unit_begin, unit_end) of the row's num_units for the queries [first, last) of one row and one kv head.
+struct PeakItem {
+  int64_t row, kv_head;
+  int64_t first, last;
+  int64_t unit_begin, unit_end, num_units;
+};
+
 /// What an item leaves behind, not normalized: scores are kept in units of log 2.
 ///
 /// M = (last - first) * group rows, by token, then head.
@@ -54,7 +61,10 @@ struct Kernels {
   /// Sum of the far queries of head `head` of a row: sum [head_size].
   void (*far_sum)(const SelectArgs&, int64_t row, int64_t head, float* sum);
   /// Dot products of units [count] with query [heads * head_size].
-  void (*score)(const SelectArgs&, const float* query, const int64_t* units, int64_t count, float* scores);
+  void (*score)(const SelectMeanArgs&, const float* query, const int64_t* units, int64_t count, float* scores);
+  /// What each unit is to each query, by token, then head: highest score, in units of log 2, and sum of exponentials
+  /// relative to it; both [(last - first) * group, num_units]. scratch: attend_scratch(args.sizes) floats.
+  void (*weigh)(const SelectPeakArgs&, const PeakItem&, float* highest, float* sum, float* scratch);
   /// scratch: seal_scratch(args.sizes) floats.
   void (*seal)(const SealArgs&, int64_t leaving, int64_t kv_head, float* scratch);
 };

@@ -11,6 +11,9 @@
 
 namespace infllm {
 
+/// Products of query and key elements below which waking a thread costs more than it saves.
+constexpr int64_t kWorthAThread = 1 << 20;
+
 /// Threads that share `count` pieces of work.
 inline int64_t threads_for(int64_t count, bool alone) {
 #ifdef INFLLM_STD_THREADS

@@ -75,9 +75,22 @@ struct SelectArgs {
   int64_t num_rows;
   const int64_t* units;
   Tokens query;
-  const void* representatives;  // [num_units, heads, head_size]
-  int64_t* chosen;              // [num_rows, num_chosen]
+  int64_t* chosen;  // [num_rows, num_chosen]
   int64_t num_chosen;
+  /// Units of a row, which follow its blocks of initial tokens.
+  const int64_t* units_of(int64_t row) const { return units + rows[row].units + init_blocks; }
+};
+
+/// By representatives [num_units, heads, head_size].
+struct SelectMeanArgs : SelectArgs {
+  const void* representatives;
+};
+
+/// By all keys of the store, for the `last` queries of a row.
+struct SelectPeakArgs : SelectArgs {
+  const void* keys;
+  int64_t block_stride, head_stride, last;
+  float scale;
 };
 
 struct SealArgs {

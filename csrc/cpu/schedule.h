@@ -5,7 +5,8 @@
 namespace infllm {
 
 void write(DType dtype, const WriteArgs& args, int64_t num_tokens);
-void select(DType dtype, const SelectArgs& args);
+void select(DType dtype, const SelectMeanArgs& args);
+void select_peak(DType dtype, const SelectPeakArgs& args);
 void attend(DType dtype, const AttendArgs& args);
 void seal(DType dtype, const SealArgs& args);
 

@@ -9,9 +9,6 @@
 namespace infllm {
 namespace {
 
-/// Products of query and key elements below which waking a thread costs more than it saves.
-constexpr int64_t kWorthAThread = 1 << 20;
-
 /// Items whose results belong together: all splits of one query tile, or all query tiles of a row and kv head.
 struct Group {
   int64_t first_item, num_items;

@@ -1,6 +1,6 @@
 // Writing tokens, scoring units and sealing them.
 #pragma once
-#include "kernels.h"
+#include "peak.h"
 #include "rotate.h"
 
 namespace infllm {
@@ -45,7 +45,7 @@ void far_sum(const SelectArgs& args, int64_t row_index, int64_t head, float* tot
 constexpr int64_t kUnitsAhead = 8;
 
 template <class T>
-void score(const SelectArgs& args, const float* query, const int64_t* units, int64_t count, float* scores) {
+void score(const SelectMeanArgs& args, const float* query, const int64_t* units, int64_t count, float* scores) {
   constexpr int64_t kSums = 4, kStep = kSums * kWidth, kLine = 64 / sizeof(T);
   const int64_t length = args.sizes.heads * args.sizes.head_size;
   const T* representatives = (const T*)args.representatives;
@@ -105,7 +105,7 @@ void seal(const SealArgs& args, int64_t index, int64_t kv_head, float* scratch) 
 
 template <class T>
 constexpr Kernels make_kernels() {
-  return {write<T>, attend<T>, finish<T>, far_sum<T>, score<T>, seal<T>};
+  return {write<T>, attend<T>, finish<T>, far_sum<T>, score<T>, weigh<T>, seal<T>};
 }
 
 }  // namespace

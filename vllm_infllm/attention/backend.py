@@ -154,7 +154,7 @@ class InfLLMImpl(AttentionImpl[InfLLMMetadata]):
         leaving = round_.blocks.leaving
         self.ops.seal(round_.blocks, self.settings, self.rope, kv_cache, self.memory)
         if self.selection:
-            self.selection.summarize(round_.blocks, self.memory, self.ops)
+            self.selection.sealed(round_.blocks)
         if self.residency and round_.initial is not None:
             # Kept blocks of initial tokens are slots from now on: their keys lie there un-rotated, too.
             self.ops.gather(self.memory, round_.initial, leaving[:, Leaving.PHYSICAL], kv_cache)

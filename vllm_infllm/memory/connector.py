@@ -27,7 +27,7 @@ from vllm_infllm.memory.selections import Selections, traced_blocks
 from vllm_infllm.memory.stats import GroupCounter, InfLLMPromMetrics, InfLLMStats, scheduler_stats
 from vllm_infllm.memory.store import LayerMemory
 from vllm_infllm.memory.trace import ARGUMENT, Trace, TracedBlock
-from vllm_infllm.selection.layer import LayerSelection
+from vllm_infllm.selection.layer import allocate as allocate_selection
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -196,7 +196,7 @@ class InfLLMConnector(KVConnectorBase_V1, SupportsHMA):
                     spec.num_units, cache.shape[0], impl.num_heads, cache, impl.head_size
                 )
                 rule = selection.load(self.config.selection)
-                impl.selection = rule and LayerSelection.allocate(rule, impl.memory, self.config.repr_topk)
+                impl.selection = rule and allocate_selection(rule, impl.ops, impl.memory, self.config.repr_topk)
                 impl.number = self._layer_numbers[name]
                 self._group_of_layer[name] = group
                 self._requests[group] = RequestTable()

@@ -94,6 +94,31 @@ def select(
     return chosen
 
 
+def select_peak(
+    blocks: ExecutionBlocks,
+    settings: LayerSettings,
+    rope: RotaryTable,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    last: int,
+) -> torch.Tensor:
+    chosen: torch.Tensor = torch.ops.vllm_infllm.select_peak(
+        query,
+        keys,
+        rope.cos_sin,
+        rope.neox,
+        blocks.rows,
+        blocks.units,
+        blocks.num_chosen,
+        settings.n_local,
+        settings.init_blocks,
+        settings.topk,
+        last,
+        settings.scale,
+    )
+    return chosen
+
+
 def attend(
     blocks: ExecutionBlocks,
     settings: LayerSettings,

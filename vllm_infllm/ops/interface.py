@@ -150,6 +150,25 @@ class Ops(Protocol):
         """
         ...
 
+    def select_peak(
+        self,
+        blocks: ExecutionBlocks,
+        settings: LayerSettings,
+        rope: RotaryTable,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        last: int,
+    ) -> torch.Tensor:
+        """As `select`, by the largest share of attention that any head of the row's last queries gives to a unit.
+
+        Shares are those of a far query if it attended to all units of the row and to nothing else.
+
+        Args:
+            keys: [num_units, KH, B, D] of the store.
+            last: how many queries of each row take part; all of a shorter row.
+        """
+        ...
+
     def attend(
         self,
         blocks: ExecutionBlocks,

@@ -11,6 +11,7 @@ from vllm_infllm.attention.rope import RotaryTable
 from vllm_infllm.memory.residency import EMPTY, PLACES, Residency, Strategy
 from vllm_infllm.memory.store import LayerMemory
 from vllm_infllm.ops.interface import ExecutionBlocks, LayerSettings, Leaving, Row, halves
+from vllm_infllm.selection.rules import peak
 
 
 def check(head_size: int, block_size: int) -> str | None:
@@ -37,6 +38,20 @@ def select(
     representatives: torch.Tensor,
 ) -> torch.Tensor:
     return select_by(lambda far, units: score(far, representatives[units]), blocks, settings, rope, query)
+
+
+def select_peak(
+    blocks: ExecutionBlocks,
+    settings: LayerSettings,
+    rope: RotaryTable,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    last: int,
+) -> torch.Tensor:
+    def score_of(far_query: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
+        return peak(far_query[-last:], keys[units].float(), settings.scale)
+
+    return select_by(score_of, blocks, settings, rope, query)
 
 
 def select_by(

@@ -1,8 +1,9 @@
-"""Selection rules: which units an execution block retrieves, by what was kept of each.
+"""Selection rules: which units an execution block retrieves.
 
-`mean` is the paper's and part of the operations (ops/interface.py: `seal` makes its representatives, `select` scores
-them). The others are for finding out what retrieval lacks: plain torch, on the CPU platform. A rule keeps a few vectors
-of a unit when it is sealed, its *summary*, and scores the summaries of all units; docs/selection.md compares them.
+`mean` is the paper's (`Ops.select`, with the representatives that `Ops.seal` makes). The others run on the CPU
+platform; docs/selection.md compares them. Two score all keys of the units, where they are stored (`Ops.select_peak`).
+The rest are for finding out what retrieval lacks, in plain torch: such a rule keeps a few vectors of a unit when it is
+sealed, its *summary*, and scores the summaries of all units.
 """
 
 from collections.abc import Callable
@@ -18,8 +19,8 @@ RuleName = Literal["mean", "best", "average", "bounds", "zscore", "peak", "peak-
 
 
 @dataclass(frozen=True)
-class Rule:
-    """A selection rule other than the paper's.
+class SummaryRule:
+    """A rule that scores summaries.
 
     num_vectors: V, the vectors of a summary.
     summarize: (keys [B, KH, D] un-rotated, received [H, B], sizes) to the summary [V, D]; float32.
@@ -32,18 +33,28 @@ class Rule:
     score: Callable[[torch.Tensor, torch.Tensor, UnitShape, float], torch.Tensor]
 
 
-RULES: dict[RuleName, Rule] = {
-    "best": Rule(lambda unit: unit.heads * unit.repr_topk, rules.representatives, rules.best),
-    "average": Rule(lambda unit: unit.kv_heads, rules.average_key, rules.average),
-    "bounds": Rule(lambda unit: 2 * unit.kv_heads, rules.least_and_greatest, rules.bounds),
-    "zscore": Rule(lambda unit: unit.heads * unit.repr_topk, rules.representatives, rules.zscore),
-    "peak": Rule(lambda unit: unit.kv_heads * unit.block_size, rules.all_keys, rules.peak),
-    "peak-last": Rule(lambda unit: unit.kv_heads * unit.block_size, rules.all_keys, rules.peak_of_last),
-    "peak-repr": Rule(lambda unit: unit.heads * unit.repr_topk, rules.representatives, rules.peak_of_representatives),
+@dataclass(frozen=True)
+class PeakRule:
+    """`Ops.select_peak`, by the last queries of an execution block; all of a shorter one."""
+
+    last: int
+
+
+RULES: dict[RuleName, SummaryRule | PeakRule] = {
+    "best": SummaryRule(lambda unit: unit.heads * unit.repr_topk, rules.representatives, rules.best),
+    "average": SummaryRule(lambda unit: unit.kv_heads, rules.average_key, rules.average),
+    "bounds": SummaryRule(lambda unit: 2 * unit.kv_heads, rules.least_and_greatest, rules.bounds),
+    "zscore": SummaryRule(lambda unit: unit.heads * unit.repr_topk, rules.representatives, rules.zscore),
+    "peak": PeakRule(1 << 30),
+    # A question, or its end and the beginning of an answer.
+    "peak-last": PeakRule(32),
+    "peak-repr": SummaryRule(
+        lambda unit: unit.heads * unit.repr_topk, rules.representatives, rules.peak_of_representatives
+    ),
 }
 assert {"mean", *RULES} == set(get_args(RuleName))
 
 
-def load(name: RuleName) -> Rule | None:
-    """The rule of a name; None for the paper's, which the operations run themselves."""
+def load(name: RuleName) -> SummaryRule | PeakRule | None:
+    """The rule of a name; None for the paper's."""
     return None if name == "mean" else RULES[name]

@@ -7,11 +7,6 @@ from typing import NamedTuple
 
 import torch
 
-ROWS_AT_A_TIME, UNITS_AT_A_TIME = 128, 8
-"""Whose logits `peak` holds at once: few enough to stay in a core's cache."""
-LAST = 32
-"""Queries of an execution block that `peak-last` looks at: a question, or its end and the beginning of an answer."""
-
 
 class UnitShape(NamedTuple):
     """Sizes of a unit in one layer: query heads, kv heads, tokens, representative tokens."""
@@ -40,11 +35,6 @@ def average_key(keys: torch.Tensor, received: torch.Tensor, unit: UnitShape) -> 
 def least_and_greatest(keys: torch.Tensor, received: torch.Tensor, unit: UnitShape) -> torch.Tensor:
     """The box that holds all keys, for each kv head: its least and its greatest corner."""
     return torch.cat([keys.amin(0), keys.amax(0)])
-
-
-def all_keys(keys: torch.Tensor, received: torch.Tensor, unit: UnitShape) -> torch.Tensor:
-    """Every key, kv head after kv head."""
-    return keys.transpose(0, 1).flatten(0, 1)
 
 
 # ---- scores -------------------------------------------------------------------------------------------------------
@@ -76,43 +66,30 @@ def zscore(query: torch.Tensor, summaries: torch.Tensor, unit: UnitShape, scale:
     return (centred / centred.square().mean(1, keepdim=True).sqrt().clamp(min=1e-6)).sum(0)
 
 
-def peak(query: torch.Tensor, summaries: torch.Tensor, unit: UnitShape, scale: float) -> torch.Tensor:
-    """The largest share of attention that any head of any query would give to the unit, if all units were attended to.
-
-    As log-odds, which tell shares near 1 apart. A head that looks for one thing in the text has a high peak where it
-    is; summed over heads, as in the paper, it drowns in heads that look for nothing in particular.
-    """
-    return _peak(query, summaries.unflatten(1, (unit.kv_heads, -1)), scale)
-
-
-def peak_of_last(query: torch.Tensor, summaries: torch.Tensor, unit: UnitShape, scale: float) -> torch.Tensor:
-    """`peak`, over the last queries of the execution block only."""
-    return peak(query[-LAST:], summaries, unit, scale)
-
-
 def peak_of_representatives(
     query: torch.Tensor, summaries: torch.Tensor, unit: UnitShape, scale: float
 ) -> torch.Tensor:
     """`peak`, as if the representatives were the only tokens."""
-    return _peak(query, summaries.unflatten(1, (unit.heads, -1)), scale)
+    return peak(query, summaries.unflatten(1, (unit.heads, -1)), scale)
 
 
-def _peak(query: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
-    """keys [U, G, n, D], each of the G for H / G query heads."""
+def peak(query: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
+    """The largest share of attention that any head of any query would give to a unit, if all units were attended to.
+
+    As log-odds, which tell shares near 1 apart. A head that looks for one thing in the text has a high peak where it
+    is; summed over heads, as in the paper, it drowns in heads that look for nothing in particular.
+
+    Args:
+        keys: [U, G, n, D], n keys of each unit, the same for H / G query heads.
+
+    Returns:
+        [U].
+    """
     highest = keys.new_full((len(keys),), -torch.inf)
     for queries, of_units in zip(query.chunk(keys.shape[1], dim=1), keys.unbind(1), strict=True):
-        grouped = queries.flatten(0, 1) * scale  # [T * H / G, D]
-        of_unit = torch.cat([_of_units(rows, of_units) for rows in grouped.split(ROWS_AT_A_TIME)])
-        highest = torch.maximum(highest, _log_odds(of_unit).amax(0))
+        logits = torch.einsum("tgd,und->tgun", queries * scale, of_units)
+        highest = torch.maximum(highest, _log_odds(logits.logsumexp(3).flatten(0, 1)).amax(0))
     return highest
-
-
-def _of_units(rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """log(sum(exp(logits))) of each of the rows [N, D] over the n keys of each unit [U, n, D]: [N, U]."""
-    parts = [
-        (rows @ some.flatten(0, 1).T).unflatten(1, (len(some), -1)).logsumexp(2) for some in keys.split(UNITS_AT_A_TIME)
-    ]
-    return torch.cat(parts, dim=1)
 
 
 def _log_odds(logits: torch.Tensor) -> torch.Tensor:

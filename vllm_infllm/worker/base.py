@@ -18,6 +18,7 @@ from vllm_infllm.attention.backend import InfLLMImpl
 from vllm_infllm.config import KEY, ConfigError, InfLLMConfig
 from vllm_infllm.memory.manager import InfLLMSpec
 from vllm_infllm.memory.plan import MemoryPlan, MemorySizes, make_plan
+from vllm_infllm.selection import SummaryRule
 from vllm_infllm.selection.rules import UnitShape
 
 logger = init_logger(f"vllm.{__name__}")
@@ -187,7 +188,7 @@ def _vectors(impl: InfLLMImpl) -> int:
     """Vectors [D] kept of a unit in a layer: its representatives, and its summary by another selection rule."""
     rule, config = selection.load(impl.config.selection), impl.config
     shape = UnitShape(impl.num_heads, impl.num_kv_heads, config.block_size, config.repr_topk)
-    return impl.num_heads + (rule.num_vectors(shape) if rule else 0)
+    return impl.num_heads + (rule.num_vectors(shape) if isinstance(rule, SummaryRule) else 0)
 
 
 def _abbreviate(names: list[str]) -> str:

@@ -9,6 +9,9 @@ from vllm_infllm.attention.rope import RotaryTable
 from vllm_infllm.ops import workspace
 from vllm_infllm.ops.cuda import attended, gather, resolve, topk
 from vllm_infllm.ops.interface import ExecutionBlocks, LayerSettings, check_sizes
+
+# Refused on a GPU: there it would read all keys over the bus.
+from vllm_infllm.ops.reference import select_peak
 from vllm_infllm.ops.triton.attend import attend
 from vllm_infllm.ops.triton.score import score
 from vllm_infllm.ops.triton.seal import seal
@@ -23,6 +26,7 @@ __all__ = [
     "resolve",
     "seal",
     "select",
+    "select_peak",
     "unpack",
     "write",
 ]
