@@ -81,8 +81,7 @@ inline void load_queries(const AttendArgs& args, const AttendItem& item, Queries
   for (int64_t t = item.first; t < item.last; ++t) {
     if (leaves_window) far_rotation(args.rope, t, args.n_local, cos, sin);
     for (int64_t g = 0; g < z.group(); ++g, at += z.head_size) {
-      const T* from = (const T*)args.query.data + (row.offset + t - row.start) * args.query.token_stride +
-                      (item.kv_head * z.group() + g) * args.query.head_stride;
+      const T* from = args.query.at<const T>(row.place(t), item.kv_head * z.group() + g);
       for (int64_t d = 0; d < z.head_size; ++d) to.near[at + d] = to_float(from[d]);
       if (leaves_window) turn(args.rope, z.head_size, to.near + at, cos, sin, to.far + at);
     }
@@ -288,8 +287,7 @@ void finish(const AttendArgs& args, const AttendItem& item, const Tiles& tiles, 
     }
     first.highest[r] = top;
     first.sum[r] = 1 / total;
-    T* to = (T*)args.output.data + (row.offset + item.first - row.start + r / group) * args.output.token_stride +
-            (item.kv_head * group + r % group) * args.output.head_stride;
+    T* to = args.output.at<T>(row.place(item.first + r / group), item.kv_head * group + r % group);
     for (int64_t d = 0; d < size; ++d) to[d] = from_float<T>(first.output[r * size + d] * first.sum[r]);
   }
   if (received) sum_received<T>(args, item, tiles, first, first.highest, first.sum, received, received_stride);

@@ -14,8 +14,7 @@ inline void load_far_queries(const SelectPeakArgs& args, const PeakItem& item, f
   for (int64_t t = item.first; t < item.last; ++t) {
     far_rotation(args.rope, t, args.n_local, cos, sin);
     for (int64_t g = 0; g < z.group(); ++g, to += z.head_size) {
-      const T* from = (const T*)args.query.data + (row.offset + t - row.start) * args.query.token_stride +
-                      (item.kv_head * z.group() + g) * args.query.head_stride;
+      const T* from = args.query.at<const T>(row.place(t), item.kv_head * z.group() + g);
       for (int64_t d = 0; d < z.head_size; ++d) query[d] = to_float(from[d]);
       turn(args.rope, z.head_size, query, cos, sin, to);
     }

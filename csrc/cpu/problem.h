@@ -23,6 +23,8 @@ struct Rope {
 /// A row of ops/interface.py: ExecutionBlocks.rows; one execution block [start, end) of one request.
 struct Row {
   int64_t offset, start, end, edge, table, stored, units, accumulate, request;
+  /// Where token t stands in the batch.
+  int64_t place(int64_t t) const { return offset + t - start; }
 };
 
 /// A row of ExecutionBlocks.leaving.
@@ -34,6 +36,10 @@ struct Leaving {
 struct Tokens {
   void* data;
   int64_t token_stride, head_stride;
+  template <class T>
+  T* at(int64_t token, int64_t head) const {
+    return (T*)data + token * token_stride + head * head_stride;
+  }
 };
 
 /// Packed keys and values; block (or unit) i of head h begins at i * block_stride + h * head_stride.

@@ -120,7 +120,7 @@ class PeakSelection {
     const std::vector<Choice>& choices = choices_.find(args);
     if (choices.empty()) return;
     prepare(args, choices);
-    for_each(pieces_.size(), products_ < kWorthAThread, [&](int64_t i) {
+    for_each(pieces_.size(), num_weights_ * args.sizes.block_elements() < kWorthAThread, [&](int64_t i) {
       thread_local Scratch scratch;
       const auto [t, first] = pieces_[i];
       PeakItem item = tiles_[t].item;
@@ -129,13 +129,11 @@ class PeakSelection {
       kernels.weigh(args, item, tiles_[t].highest, tiles_[t].sum, scratch.floats(attend_scratch(args.sizes)));
     });
     for_each(tiles_.size(), num_weights_ < kFewWeights, [&](int64_t i) { find_odds(args.sizes.group(), tiles_[i]); });
-    size_t t = 0;
-    for (size_t c = 0; c < choices.size(); ++c) {
-      float* scores = tiles_[t].odds;
-      for (size_t first = t; t < tiles_.size() && tiles_[t].choice == c; ++t)
-        if (t != first)
-          for (int64_t u = 0; u < choices[c].num_units; ++u) scores[u] = std::max(scores[u], tiles_[t].odds[u]);
-      choices_.choose(args, choices[c], scores);
+    for (auto tile = tiles_.begin(); tile != tiles_.end();) {
+      const auto first = tile++;
+      for (; tile != tiles_.end() && tile->choice == first->choice; ++tile)
+        for (int64_t u = 0; u < first->item.num_units; ++u) first->odds[u] = std::max(first->odds[u], tile->odds[u]);
+      choices_.choose(args, choices[first->choice], first->odds);
     }
   }
 
@@ -153,7 +151,7 @@ class PeakSelection {
     const int64_t tokens = std::max<int64_t>(1, kTileRows / z.group());
     tiles_.clear();
     pieces_.clear();
-    products_ = num_weights_ = 0;
+    num_weights_ = 0;
     int64_t num_odds = 0;
     for (size_t c = 0; c < choices.size(); ++c) {
       const Row& row = args.rows[choices[c].row];
@@ -166,7 +164,6 @@ class PeakSelection {
           num_odds += num_units;
         }
     }
-    products_ = num_weights_ * z.block_elements();
     float* memory = memory_.floats(2 * num_weights_ + num_odds);
     for (Tile& tile : tiles_) {
       const int64_t weights = (tile.item.last - tile.item.first) * z.group() * tile.item.num_units;
@@ -201,7 +198,7 @@ class PeakSelection {
   std::vector<Tile> tiles_;
   std::vector<std::pair<size_t, int64_t>> pieces_;
   Scratch memory_;
-  int64_t products_, num_weights_;
+  int64_t num_weights_;
 };
 
 }  // namespace

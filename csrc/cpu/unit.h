@@ -13,8 +13,7 @@ void write(const WriteArgs& args, int64_t first, int64_t last) {
   for (int64_t n = first; n < last; ++n) {
     const int64_t block = args.slots[n] / z.block_size, token = args.slots[n] % z.block_size;
     for (int64_t h = 0; h < z.kv_heads; ++h) {
-      const T* key = (const T*)args.key.data + n * args.key.token_stride + h * args.key.head_stride;
-      const T* value = (const T*)args.value.data + n * args.value.token_stride + h * args.value.head_stride;
+      const T *key = args.key.at<const T>(n, h), *value = args.value.at<const T>(n, h);
       const int64_t place = block * args.cache.block_stride + h * args.cache.head_stride;
       T *keys = (T*)args.cache.keys + place, *values = (T*)args.cache.values + place;
       for (int64_t d = 0; d < z.head_size; ++d) {
@@ -32,8 +31,7 @@ void far_sum(const SelectArgs& args, int64_t row_index, int64_t head, float* tot
   float cos[kMaxHeadSize / 2], sin[kMaxHeadSize / 2], query[kMaxHeadSize], far[kMaxHeadSize];
   for (int64_t d = 0; d < size; ++d) total[d] = 0;
   for (int64_t t = row.start; t < row.end; ++t) {
-    const T* from = (const T*)args.query.data + (row.offset + t - row.start) * args.query.token_stride +
-                    head * args.query.head_stride;
+    const T* from = args.query.at<const T>(row.place(t), head);
     far_rotation(args.rope, t, args.n_local, cos, sin);
     for (int64_t d = 0; d < size; ++d) query[d] = to_float(from[d]);
     turn(args.rope, size, query, cos, sin, far);
