@@ -111,6 +111,7 @@ Tensor select_peak_op(Tensor query, Tensor keys, Tensor cos_sin, bool neox, Tens
                       int64_t num_chosen, int64_t n_local, int64_t init_blocks, int64_t topk, int64_t last,
                       double scale) {
   const infllm::Sizes z = sizes_of(query.size(1), keys.size(1), query.size(2), keys.size(2));
+  STD_TORCH_CHECK(scale > 0, "scale must be positive, not ", scale);
   const infllm::Packed store = store_of(keys, keys, query.scalar_type(), z);
   Tensor chosen = torch::stable::new_empty(rows, {rows.size(0), num_chosen});
   infllm::select_peak(dtype_of(query, "query"),
