@@ -10,6 +10,7 @@ import torch
 
 from tests import tiny_models
 from tests.engines import between_steps, greedy, infllm_engine, manager, prompt_logprobs
+from vllm_infllm.selection.layer import Summaries
 
 SIZES = {"n_init": 32, "n_local": 128, "topk": 3, "repr_topk": 2, "exc_block_size": 64}
 LENGTHS = [700, 33, 411, 128, 1000, 250]
@@ -68,7 +69,7 @@ def poisoned(llm: Any) -> Iterator[dict[str, int]]:
 
 
 def _unit_tensors(impl: Any, layer: Any) -> list[torch.Tensor]:
-    summaries = [impl.selection.summaries] if impl.selection else []
+    summaries = [impl.selection.summaries] if isinstance(impl.selection, Summaries) else []
     return [impl.memory.keys, impl.memory.values, impl.memory.representatives, *summaries]
 
 
@@ -92,7 +93,7 @@ def others(llm: Any) -> None:
 
 @pytest.mark.parametrize(
     ("slots", "strategy", "selection"),
-    [(0, "lru", "mean"), (0, "lru", "peak"), (4, "lru", "mean"), (4, "lru-s", "mean")],
+    [(0, "lru", "mean"), (0, "lru", "peak"), (0, "lru", "best"), (4, "lru", "mean"), (4, "lru-s", "mean")],
 )
 def test_no_request_reads_what_another_left(llama: str, slots: int, strategy: str, selection: str) -> None:
     """Answers and log-probabilities beside and after others equal those of a fresh engine, to the last bit."""
