@@ -103,16 +103,18 @@ def test_a_process_killed_under_load(title: str, words: str, llama_with_tokenize
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=lambda signum: signum.name)
-@pytest.mark.parametrize("prompts, step", [([8000] * 8, 64), ([28_000], 16)], ids=["under load", "in mid-prefill"])
+@pytest.mark.parametrize(
+    "prompts, exc, budget", [([8000] * 8, 64, 256), ([28_000], 16, 16)], ids=["under load", "in mid-prefill"]
+)
 def test_a_signal_while_requests_run(
-    signum: signal.Signals, prompts: list[int], step: int, llama_with_tokenizer: str, tmp_path: Path
+    signum: signal.Signals, prompts: list[int], exc: int, budget: int, llama_with_tokenizer: str, tmp_path: Path
 ) -> None:
     """Each client is told, also those that wait in the queue.
 
     vLLM's engine core ends requests by itself, with "abort", if it comes to it before it is killed. In small steps the
     prefill of one prompt lasts until it has been seen.
     """
-    steps = *flags(exc_block_size=step), "--max-num-batched-tokens", str(step)
+    steps = *flags(exc_block_size=exc), "--max-num-batched-tokens", str(budget)
     with serve(llama_with_tokenizer, tmp_path, *steps) as server, asked(server, prompts) as connections:
         shared_memory = server.shared_memory()
         assert shared_memory
