@@ -1,8 +1,10 @@
 """Where a server's temporary files lie, and what its clients are told; what else stopping does is in test_faults.py."""
 
 import atexit
+import gc
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import socket
@@ -22,7 +24,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from tests.processes import engine_core, process_with_garbage, worker
-from vllm_infllm import stopping
+from vllm_infllm import plugin, stopping
 
 
 @pytest.fixture
@@ -94,6 +96,30 @@ def test_a_process_of_vllm_ends_without_a_search_for_garbage(name: str, found: b
     process.join()
     assert process.exitcode == 0
     assert receive.poll() == found
+
+
+def test_a_process_that_gets_the_configuration_ends_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engine core and worker: the backend is a part of what they are started with."""
+    asked: list[bool] = []
+    monkeypatch.setattr(stopping, "end_soon", lambda: asked.append(True))
+    given = pickle.dumps(plugin.backend_member())
+    asked.clear()
+    assert pickle.loads(given) is plugin.backend_member()
+    assert asked
+
+
+@pytest.mark.parametrize("starting", [True, False])
+def test_only_a_server_that_starts_ends_soon(starting: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that makes an engine ends as it always did."""
+    at_exit: list[object] = []
+    monkeypatch.setattr(atexit, "register", lambda run, *args, **kwargs: at_exit.append(run))
+    handler = SimpleNamespace(__module__=stopping.STARTING) if starting else signal.default_int_handler
+    monkeypatch.setattr(signal, "getsignal", lambda signum: handler)
+    monkeypatch.setattr(signal, "signal", lambda signum, run: None)
+    monkeypatch.setattr(stopping, "_keep_temporary_files_together", lambda: None)
+    monkeypatch.setattr(stopping, "_wrap_shutdown", lambda connector: None)
+    stopping.prepare("InfLLMConnector")
+    assert at_exit == ([gc.freeze] if starting else [])
 
 
 def test_a_worker_ends_with_a_killed_engine_core() -> None:

@@ -66,14 +66,15 @@ inline Tile<T> tile_at(const AttendArgs& args, const AttendItem& item, const Til
   return tile;
 }
 
-/// Queries of an item in float32 [M, head_size], as given and at the far position.
+/// Queries of an item in float32 [M, head_size], as given and, where some have left the window, at the far position.
 struct Queries {
   float *near, *far;
 };
 
-template <class T>
-inline void load_queries(const AttendArgs& args, const AttendItem& item, Queries to) {
+template <class T, class Args, class Item>
+inline void load_queries(const Args& args, const Item& item, Queries to) {
   const Sizes& z = args.sizes;
+  const Tokens& query = args.query;
   const Row& row = args.rows[item.row];
   const bool leaves_window = item.last > args.n_local;
   float cos[kMaxHeadSize / 2], sin[kMaxHeadSize / 2];
@@ -81,7 +82,7 @@ inline void load_queries(const AttendArgs& args, const AttendItem& item, Queries
   for (int64_t t = item.first; t < item.last; ++t) {
     if (leaves_window) far_rotation(args.rope, t, args.n_local, cos, sin);
     for (int64_t g = 0; g < z.group(); ++g, at += z.head_size) {
-      const T* from = args.query.at<const T>(row.place(t), item.kv_head * z.group() + g);
+      const T* from = query.at<const T>(row.place(t), item.kv_head * z.group() + g);
       for (int64_t d = 0; d < z.head_size; ++d) to.near[at + d] = to_float(from[d]);
       if (leaves_window) turn(args.rope, z.head_size, to.near + at, cos, sin, to.far + at);
     }

@@ -5,29 +5,14 @@
 namespace infllm {
 namespace {
 
-/// Far queries of an item, [M, head_size].
-template <class T>
-inline void load_far_queries(const SelectPeakArgs& args, const PeakItem& item, float* to) {
-  const Sizes& z = args.sizes;
-  const Row& row = args.rows[item.row];
-  float cos[kMaxHeadSize / 2], sin[kMaxHeadSize / 2], query[kMaxHeadSize];
-  for (int64_t t = item.first; t < item.last; ++t) {
-    far_rotation(args.rope, t, args.n_local, cos, sin);
-    for (int64_t g = 0; g < z.group(); ++g, to += z.head_size) {
-      const T* from = args.query.at<const T>(row.place(t), item.kv_head * z.group() + g);
-      for (int64_t d = 0; d < z.head_size; ++d) query[d] = to_float(from[d]);
-      turn(args.rope, z.head_size, query, cos, sin, to);
-    }
-  }
-}
-
 template <class T>
 void weigh(const SelectPeakArgs& args, const PeakItem& item, float* highest, float* sum, float* scratch) {
   const Sizes& z = args.sizes;
   const int64_t m = (item.last - item.first) * z.group(), *units = args.units_of(item.row);
-  float *queries = scratch, *scores = queries + m * z.head_size, unused;
-  load_far_queries<T>(args, item, queries);
-  Products<T> products(z, m, {queries, queries}, scores + m * kTileTokens);
+  const Queries queries{scratch, scratch + m * z.head_size};
+  float *scores = queries.far + m * z.head_size, unused;
+  load_queries<T>(args, item, queries);
+  Products<T> products(z, m, queries, scores + m * kTileTokens);
   const auto keys_of = [&](int64_t u) {
     return (const T*)args.keys + units[u] * args.block_stride + item.kv_head * args.head_stride;
   };

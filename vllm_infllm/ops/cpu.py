@@ -6,6 +6,7 @@ VLLM_INFLLM_CPU_ISA.
 
 import os
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -79,18 +80,7 @@ def select(
     query: torch.Tensor,
     representatives: torch.Tensor,
 ) -> torch.Tensor:
-    chosen: torch.Tensor = torch.ops.vllm_infllm.select(
-        query,
-        representatives,
-        rope.cos_sin,
-        rope.neox,
-        blocks.rows,
-        blocks.units,
-        blocks.num_chosen,
-        settings.n_local,
-        settings.init_blocks,
-        settings.topk,
-    )
+    chosen: torch.Tensor = torch.ops.vllm_infllm.select(query, representatives, *_choosing(blocks, settings, rope))
     return chosen
 
 
@@ -103,20 +93,15 @@ def select_peak(
     last: int,
 ) -> torch.Tensor:
     chosen: torch.Tensor = torch.ops.vllm_infllm.select_peak(
-        query,
-        keys,
-        rope.cos_sin,
-        rope.neox,
-        blocks.rows,
-        blocks.units,
-        blocks.num_chosen,
-        settings.n_local,
-        settings.init_blocks,
-        settings.topk,
-        last,
-        settings.scale,
+        query, keys, *_choosing(blocks, settings, rope), last, settings.scale
     )
     return chosen
+
+
+def _choosing(blocks: ExecutionBlocks, settings: LayerSettings, rope: RotaryTable) -> tuple[Any, ...]:
+    """Arguments of both operators that choose units."""
+    sizes = (settings.n_local, settings.init_blocks, settings.topk)
+    return (rope.cos_sin, rope.neox, blocks.rows, blocks.units, blocks.num_chosen, *sizes)
 
 
 def attend(

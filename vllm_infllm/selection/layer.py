@@ -28,7 +28,7 @@ class LayerSelection(Protocol):
         ...
 
 
-def allocate(rule: SummaryRule | PeakRule, ops: Ops, memory: LayerMemory, repr_topk: int) -> "Summaries | AllKeys":
+def allocate(rule: SummaryRule | PeakRule, ops: Ops, memory: LayerMemory, repr_topk: int) -> LayerSelection:
     """Ready for a layer; of the summaries of all units, the address space is reserved."""
     if isinstance(rule, PeakRule):
         return AllKeys(rule, ops, memory)
