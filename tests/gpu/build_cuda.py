@@ -20,7 +20,7 @@ import vllm_infllm
 ROOT = Path(__file__).parent.parent.parent
 SOURCES = [*(ROOT / "csrc/cuda").iterdir(), ROOT / "csrc/cpu/problem.h", Path(__file__).with_name("cuda_shim.h")]
 EXTENSION_VARIABLE = "INFLLM_TEST_CUDA_EXTENSION"
-"""Names a build of the operations to test on the CPU, instead of the one that is made here."""
+"""Names a build of the operations to test, instead of the one that is made here."""
 
 nvcc: dict[str, Any] = runpy.run_path(str(ROOT / "csrc/cuda/nvcc.py"))
 
@@ -66,7 +66,10 @@ def load(path: Path) -> ModuleType:
 
 
 def load_for_cpu() -> ModuleType:
-    """The operations on CPU tensors; to be called before vllm_infllm.ops.cuda is imported, and again without effect."""
+    """The operations on CPU tensors; to be called before vllm_infllm.ops.cuda is imported, and again without effect.
+
+    Without effect, too, where the tests run on a GPU.
+    """
     loaded = sys.modules.get("vllm_infllm._cuda")
     return loaded or load(Path(os.environ.get(EXTENSION_VARIABLE) or build_shim()))
 

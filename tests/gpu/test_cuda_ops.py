@@ -385,6 +385,7 @@ def test_wrong_tensors_are_refused(cuda: ModuleType) -> None:
         cuda.gather(memory, torch.tensor([0]), torch.tensor([0, 1]), torch.zeros((2, 1, 16, 64)))
 
 
+@pytest.mark.usefixtures("fake_tensors")
 def test_fake_tensors(cuda: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """All operations can be traced for a GPU where there is none. (A CPU torch cannot index fake CUDA tensors.)"""
     monkeypatch.setattr(workspace, "take", lambda name, shape, dtype, on: torch.empty(shape, dtype=dtype, device=on))
