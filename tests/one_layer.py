@@ -19,7 +19,8 @@ from vllm.config import VllmConfig, set_current_vllm_config
 
 from tests.oracle import NeoxRope, OracleConfig, OracleResult, execution_blocks, infllm_attention
 from vllm_infllm.attention.backend import InfLLMImpl
-from vllm_infllm.attention.metadata import InfLLMMetadata, Span
+from vllm_infllm.attention.metadata import InfLLMMetadata
+from vllm_infllm.attention.planner import Limits, Span
 from vllm_infllm.attention.rope import RotaryTable
 from vllm_infllm.memory.geometry import Geometry
 from vllm_infllm.memory.requests import RequestTable
@@ -150,6 +151,7 @@ class Layer:
         self.impl.memory = LayerMemory.allocate(num_units, num_blocks, shape.heads, self.cache, shape.head_size)
         for tensor in vars(self.impl.memory).values():
             tensor.fill_(math.nan)
+        self.limits = Limits(shape.max_len, requests=8, units=num_units, layers=1)
         self.requests = RequestTable()
         self.free_blocks = self.random.sample(range(num_blocks), num_blocks)
         self.free_units = self.random.sample(range(num_units), num_units)
@@ -167,8 +169,8 @@ class Layer:
             self.step([(sequence, min(left, chunk or left) if left > 0 else 1)])
         return sequence.output
 
-    def step(self, work: list[tuple[Sequence, int]]) -> None:
-        """Compute the next tokens of each sequence, as one batch."""
+    def step(self, work: list[tuple[Sequence, int]], graph: Any = None) -> None:
+        """Compute the next tokens of each sequence, as one batch; by a graph (tests/gpu/test_graph.py) if given."""
         spans, slots, columns = [], [], []
         for table, (sequence, count) in enumerate(work):
             start, end = sequence.computed, sequence.computed + count
@@ -181,11 +183,16 @@ class Layer:
         query, key, value = (torch.cat(parts).to(self.dtype) for parts in zip(*columns, strict=True))
 
         block_table = self._block_table([sequence for sequence, _ in work])
-        metadata = InfLLMMetadata(len(slots), torch.tensor(slots), block_table, spans)
+        slot_mapping = torch.tensor(slots)
+        num_requests = graph.num_requests if graph else len(work)
+        metadata = InfLLMMetadata(len(slots), slot_mapping, block_table, spans, self.limits, num_requests)
         requests = [self.requests[sequence.table[0]] for sequence, _ in work]
-        metadata.plan(requests, self.shape.geometry(), self.config.topk, self.shape.max_len)
+        metadata.plan(requests, self.shape.geometry(), self.config.topk)
         output = torch.full_like(query, math.nan)
-        self.impl.forward(None, query, key, value, self.cache, metadata, output)
+        if graph:
+            graph.replay(query, key, value, slot_mapping, block_table, output)
+        else:
+            self.impl.forward(None, query, key, value, self.cache, metadata, output)
 
         for span, (sequence, count) in zip(spans, work, strict=True):
             if self.impl.residency:

@@ -22,7 +22,8 @@ from torch import Tensor
 from tests.one_layer import Layer, Sequence, Shape, assert_equals_oracle, oracle_of, rotary_table, shapes
 from tests.oracle import OracleConfig
 from tests.test_oracle import Golden
-from vllm_infllm.attention.metadata import InfLLMMetadata, Span
+from vllm_infllm.attention.metadata import InfLLMMetadata
+from vllm_infllm.attention.planner import Limits, Span
 from vllm_infllm.attention.rope import RotaryTable
 from vllm_infllm.memory.geometry import Geometry
 from vllm_infllm.memory.requests import RequestMemory
@@ -278,9 +279,9 @@ class Scene:
             block_table[table, : len(member.table)] = torch.tensor(member.table)
             spans.append(Span(offset, member.task.start, member.task.end, table))
             offset += len(member.query)
-        metadata = InfLLMMetadata(total, torch.empty(0), block_table, spans)
+        metadata = InfLLMMetadata(total, torch.empty(0), block_table, spans, Limits(max_len=1 << 20))
         requests = [RequestMemory(0, member.task.accumulate, 0, member.units) for member in members]
-        metadata.plan(requests, sizes.geometry, sizes.topk, max_len=1 << 20)
+        metadata.plan(requests, sizes.geometry, sizes.topk)
         (only_round,) = metadata.rounds
         return Batch(only_round.blocks, query, tokens)
 

@@ -14,6 +14,7 @@ from tests.one_layer import Layer, Sequence, Shape, assert_equals_oracle, oracle
 from tests.oracle import OracleConfig, full_attention
 from tests.test_oracle import SCALE, Golden
 from vllm_infllm.attention.metadata import InfLLMMetadata
+from vllm_infllm.attention.planner import Limits
 from vllm_infllm.attention.rope import RotaryTable
 from vllm_infllm.memory.geometry import Geometry
 from vllm_infllm.ops import reference as ops
@@ -168,7 +169,9 @@ def test_warm_up_attends_to_nothing() -> None:
     """Without a plan there is no request: the output is zero, and neither cache nor memory are written."""
     layer = Layer.for_one(STANDARD, 32)
     query, key = torch.randn(5, 6, 8), torch.randn(5, 2, 8)
-    unplanned = InfLLMMetadata(5, torch.zeros(5, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int32), [])
+    unplanned = InfLLMMetadata(
+        5, torch.zeros(5, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int32), [], Limits(max_len=1)
+    )
     for metadata in (None, unplanned):
         output = torch.full_like(query, math.nan)
         layer.impl.forward(None, query, key, key, layer.cache, metadata, output)

@@ -108,7 +108,7 @@ vllm.config.scheduler:SchedulerConfig -- sizes are checked, our scheduler is set
 vllm.config.parallel:ParallelConfig -- more than one device is refused, our worker is set
     has tensor_parallel_size pipeline_parallel_size data_parallel_size decode_context_parallel_size enable_dbo
         worker_cls
-vllm.config.compilation:CompilationConfig -- worker/base.py, memory/connector.py: the attention layers by name
+vllm.config.compilation:CompilationConfig -- worker/base.py, memory/connector.py, attention/metadata.py: the layers
     has static_forward_context
 vllm.v1.kv_cache_interface:is_quantized_kv_cache -- refuses quantized caches
     calls is_quantized_kv_cache(kv_cache_dtype)
@@ -387,6 +387,16 @@ vllm.v1.attention.backend:AttentionMetadataBuilder -- InfLLMMetadataBuilder
     subclassed
     overrides __init__(self, kv_cache_spec, layer_names, vllm_config, device)
     overrides build(self, common_prefix_len, common_attn_metadata, fast_build)
+    overrides build_for_cudagraph_capture(self, common_attn_metadata)
+    overrides classmethod get_cudagraph_support(cls, vllm_config, kv_cache_spec)
+vllm.v1.attention.backend:AttentionCGSupport -- CUDA graphs: decode steps of the Triton operations, nothing else
+    has UNIFORM_SINGLE_TOKEN_DECODE NEVER
+vllm.v1.worker.gpu.model_runner:GPUModelRunner.execute_model -- the step is planned before a graph of it runs
+    says self.kv_connector.pre_forward(scheduler_output, input_batch, attn_metadata=attn_metadata)
+    does self.kv_connector.pre_forward, self.cudagraph_manager.run_fullgraph
+vllm.v1.worker.gpu.kv_connector:ActiveKVConnector._build_load_kwargs -- the plan of such a step
+    says request_ids=input_batch.req_ids
+    says load_kwargs['attn_metadata'] = attn_metadata
 vllm.v1.attention.backend:CommonAttentionMetadata -- the rows of the batch
     has query_start_loc_cpu seq_lens_cpu_upper_bound block_table_tensor num_reqs slot_mapping
 

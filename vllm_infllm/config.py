@@ -37,9 +37,9 @@ class InfLLMConfig(BaseModel):
     """Which units are retrieved: `mean`, the paper's rule, or another one (docs/selection.md), on the CPU platform."""
     exc_block_size: _Positive = 512
     """Queries of a prompt that share one retrieval; at most `n_local`."""
-    max_cached_blocks: _NonNegative = 0
+    max_cached_blocks: _NonNegative | None = None
     """Retrieved units that stay resident in a request's own KV blocks, at least `topk`; 0: read from host memory in
-    place."""
+    place. If not given, 0 on a CPU and twice `topk` on a GPU."""
     cache_strategy: Literal["lru", "fifo", "lru-s"] = "lru"
     """Which resident unit leaves first: the least recently used (`lru`), the first that came (`fifo`), or the one with
     the least decayed attention mass (`lru-s`)."""
@@ -163,7 +163,7 @@ def _check_sizes(config: InfLLMConfig) -> None:
         raise ConfigError(
             f"{_field('repr_topk', config.repr_topk)} is larger than --block-size {config.block_size}: lower repr_topk."
         )
-    if 0 < config.max_cached_blocks < config.topk:
+    if config.max_cached_blocks and config.max_cached_blocks < config.topk:
         raise ConfigError(
             f"{_field('max_cached_blocks', config.max_cached_blocks)} is below topk {config.topk}, and all retrieved "
             "units must be resident at once: raise it, or set 0 to read units from host memory in place."

@@ -245,7 +245,18 @@ def _resolve_config(args: "EngineArgs", model_config: "ModelConfig") -> None:
         init_logger(f"vllm.{__name__}").info(
             "InfLLM: defaults shrunk to fit a model trained on %d tokens: %s.", model_config.max_model_len, shrunk
         )
-    args.additional_config = {**given, KEY: _Resolved({**config.model_dump(), "ops": chosen_ops(config)})}
+    args.additional_config = {**given, KEY: _Resolved({**config.model_dump(), **platform_defaults(config)})}
+
+
+def platform_defaults(config: InfLLMConfig) -> dict[str, Any]:
+    """Fields whose defaults depend on the platform."""
+    from vllm.platforms import current_platform
+
+    slots = config.max_cached_blocks
+    if slots is None:
+        # On a CPU units are read where they are; over a GPU's link every reader of a unit would pay again.
+        slots = 0 if current_platform.is_cpu() else 2 * config.topk
+    return {"ops": chosen_ops(config), "max_cached_blocks": slots}
 
 
 def chosen_ops(config: InfLLMConfig) -> ops.OpsName:

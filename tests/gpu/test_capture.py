@@ -15,7 +15,8 @@ from triton.runtime.interpreter import InterpretedFunction
 from tests.gpu import build_cuda
 from tests.one_layer import Shape, make_impl
 from tests.oracle import OracleConfig
-from vllm_infllm.attention.metadata import InfLLMMetadata, Round, Span
+from vllm_infllm.attention.metadata import InfLLMMetadata
+from vllm_infllm.attention.planner import Limits, Round, Span
 from vllm_infllm.attention.rope import RotaryTable
 from vllm_infllm.memory.requests import RequestMemory
 from vllm_infllm.memory.residency import Residency, Strategy
@@ -24,6 +25,7 @@ from vllm_infllm.memory.store import LayerMemory
 build_cuda.load_for_cpu()
 
 BLOCK, REQUESTS, MAX_LEN = 16, 3, 4096
+LIMITS = Limits(MAX_LEN, REQUESTS, units=REQUESTS * MAX_LEN // BLOCK, layers=2)
 SHAPE = Shape(OracleConfig(BLOCK, 16, 64, 4, 2, 32), head_size=64, rotary_dim=64, max_cached_blocks=6)
 VIEWS = {"view", "slice", "select", "as_strided", "expand", "unbind", "detach", "alias", "device"}
 """Operators of torch that compute nothing."""
@@ -34,10 +36,10 @@ def planned(position: int, monkeypatch: pytest.MonkeyPatch, device: str = "meta"
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     spans = [Span(i, position + 7 * i, position + 7 * i + 1, i) for i in range(REQUESTS)]
     table = torch.empty((REQUESTS, MAX_LEN // BLOCK), dtype=torch.int32, device=device)
-    metadata = InfLLMMetadata(REQUESTS, torch.empty(REQUESTS, device=device), table, spans)
+    metadata = InfLLMMetadata(REQUESTS, torch.empty(REQUESTS, device=device), table, spans, LIMITS, REQUESTS)
     units = torch.arange(MAX_LEN // BLOCK)
     requests = [RequestMemory(100, True, i, units) for i in range(REQUESTS)]
-    metadata.plan(requests, SHAPE.geometry(), SHAPE.config.topk, MAX_LEN)
+    metadata.plan(requests, SHAPE.geometry(), SHAPE.config.topk)
     (only,) = metadata.rounds
     return only
 
@@ -144,4 +146,4 @@ def _on_fake_device(round_: Round, slots: torch.Tensor) -> InfLLMMetadata:
     tensors = {name: x for name, x in vars(round_.blocks).items() if isinstance(x, torch.Tensor)}
     on_device = {name: _empty(tuple(x.shape), x.dtype) for name, x in tensors.items()}
     blocks = replace(round_.blocks, **on_device)
-    return InfLLMMetadata(REQUESTS, slots, blocks.block_table, [], True, [Round(blocks, None)])
+    return InfLLMMetadata(REQUESTS, slots, blocks.block_table, [], LIMITS, REQUESTS, True, [Round(blocks, None)])

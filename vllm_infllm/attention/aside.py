@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from vllm_infllm.ops import workspace
+
 _streams: dict[torch.device, Any] = {}
 
 
@@ -39,10 +41,10 @@ class Aside:
             self._done = stream.record_event()
 
     def wait(self, device: torch.device) -> None:
-        """The model's stream goes on when the layer's last seal is done."""
-        if self._done is not None:
+        """The model's stream goes on when the layer's last seal is done; a CUDA graph starts when all are."""
+        if self._done is not None and not workspace.capturing(device):
             torch.cuda.current_stream(device).wait_event(self._done)
-            self._done = None
+        self._done = None
 
 
 def wait_all() -> None:
@@ -52,4 +54,4 @@ def wait_all() -> None:
 
 
 def _uses_stream(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_available() and not torch.cuda.is_current_stream_capturing()
+    return device.type == "cuda" and torch.cuda.is_available() and not workspace.capturing(device)

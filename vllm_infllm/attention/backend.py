@@ -9,7 +9,8 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from vllm_infllm import ops
 from vllm_infllm.attention.aside import Aside
-from vllm_infllm.attention.metadata import InfLLMMetadata, InfLLMMetadataBuilder, Round
+from vllm_infllm.attention.metadata import InfLLMMetadata, InfLLMMetadataBuilder
+from vllm_infllm.attention.planner import Limits, Round
 from vllm_infllm.attention.rope import RotaryTable
 from vllm_infllm.config import KEY, ConfigError, InfLLMConfig
 from vllm_infllm.memory.residency import Residency, Strategy
@@ -53,7 +54,8 @@ class InfLLMBackend(AttentionBackend):
 class InfLLMImpl(AttentionImpl[InfLLMMetadata]):
     """Attention of one layer: write K and V; for each execution block select, resolve, attend, accumulate, seal."""
 
-    memory: LayerMemory
+    memory: LayerMemory | None = None
+    """None until the paged cache is allocated: vLLM tries CUDA graphs before, to see how much memory they take."""
     rope: RotaryTable
     residency: Residency | None
     """If max_cached_blocks is set: which unit is in which slot."""
@@ -119,7 +121,7 @@ class InfLLMImpl(AttentionImpl[InfLLMMetadata]):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """query, output [tokens, H, D]; key, value [tokens, KH, D]; kv_cache [num_blocks, KH, B, 2D]."""
-        if attn_metadata is None or not attn_metadata.planned:
+        if attn_metadata is None or not attn_metadata.planned or self.memory is None:
             return output.zero_()  # profiling and warm-up: no request, nothing to attend to
         n = attn_metadata.num_tokens
         self.ops.write(kv_cache, key[:n], value[:n], attn_metadata.slot_mapping[:n])
@@ -127,9 +129,23 @@ class InfLLMImpl(AttentionImpl[InfLLMMetadata]):
             self._process(round_, query, kv_cache, output)
         return output
 
+    def warm_up(self, kv_cache: torch.Tensor, limits: Limits) -> None:
+        """Run a step of a prompt and one of an answer in which no request has a token, so that kernels are compiled
+        before the first request comes."""
+        token = {"dtype": kv_cache.dtype, "device": kv_cache.device}
+        query = torch.zeros((1, self.num_heads, self.head_size), **token)
+        key = torch.zeros((1, self.num_kv_heads, self.head_size), **token)
+        no_slot = torch.full((1,), -1, dtype=torch.int64, device=kv_cache.device)
+        table = torch.zeros((1, 1), dtype=torch.int32, device=kv_cache.device)
+        for longest in (self.config.exc_block_size, 1):
+            step = InfLLMMetadata(1, no_slot, table, [], limits, num_requests=1)
+            step.plan_nothing(self.geometry, self.config.topk, longest)
+            self.forward(None, query, key, key, kv_cache, step, torch.empty_like(query))
+
     def _process(self, round_: Round, query: torch.Tensor, kv_cache: torch.Tensor, output: torch.Tensor) -> None:
         """One execution block of each of several requests: select, resolve, attend, accumulate, seal."""
         ops, blocks, memory, slots, mass = self.ops, round_.blocks, self.memory, None, None
+        assert memory is not None
         self.aside.wait(kv_cache.device)
         if self.selection:
             chosen = self.selection.select(blocks, self.settings, self.rope, query)
@@ -152,6 +168,7 @@ class InfLLMImpl(AttentionImpl[InfLLMMetadata]):
     def _seal(self, round_: Round, kv_cache: torch.Tensor) -> None:
         """Move the blocks that have left every window into the store."""
         leaving = round_.blocks.leaving
+        assert self.memory is not None
         self.ops.seal(round_.blocks, self.settings, self.rope, kv_cache, self.memory)
         if self.selection:
             self.selection.sealed(round_.blocks)

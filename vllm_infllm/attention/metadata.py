@@ -1,59 +1,25 @@
-"""The plan of a step: which execution blocks the ragged batch is processed in."""
+"""What vLLM builds of a step, and the connector completes into its plan (planner.py)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
+from typing import TYPE_CHECKING
 
 import torch
-from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
 
+from vllm_infllm.attention.planner import Limits, Planner, Round, Span
+from vllm_infllm.config import KEY, InfLLMConfig
 from vllm_infllm.memory.geometry import Geometry
 from vllm_infllm.memory.requests import RequestMemory
-from vllm_infllm.memory.selections import Selections, TracedRow
-from vllm_infllm.ops import workspace
-from vllm_infllm.ops.interface import ExecutionBlocks, Leaving
 
-NO_UNIT = -1
-"""Host unit id of a leaving row that stands for nothing."""
-
-
-@dataclass(frozen=True)
-class Span:
-    """The tokens [start, end) of one request that a step computes."""
-
-    offset: int
-    """Where token `start` stands in the batch."""
-    start: int
-    end: int
-    table: int
-    """Row of the block table."""
-
-
-@dataclass(frozen=True)
-class Tally:
-    """What a round does in each layer, in blocks."""
-
-    stored: int = 0
-    """Blocks moved to the store,"""
-    sealed: int = 0
-    """of which so many are units."""
-    chosen: int = 0
-    """Stored blocks attended to, over all rows,"""
-    retrieved: int = 0
-    """of which so many are units."""
-
-
-@dataclass(frozen=True)
-class Round:
-    """One execution block of each of several requests; the rounds of a step follow one another.
-
-    initial: [L] int64, host unit ids of the leaving blocks that hold initial tokens, -1 for others; None if none does.
-    """
-
-    blocks: ExecutionBlocks
-    initial: torch.Tensor | None
-    tally: Tally = field(default_factory=Tally)
-    selections: Selections | None = None
-    """Where layers note what they select, if a request of the round asked for a trace."""
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheSpec
 
 
 @dataclass
@@ -66,89 +32,42 @@ class InfLLMMetadata(AttentionMetadata):
     block_table: torch.Tensor
     """[requests, blocks] int32: physical id of each block of each request; stale for freed ones."""
     spans: list[Span]
+    limits: Limits
+    num_requests: int = 0
+    """With those that only fill up a CUDA graph."""
     planned: bool = False
     """Whether the connector has filled in the rounds; dummy runs stay unplanned."""
     rounds: list[Round] = field(default_factory=list)
 
-    def plan(self, requests: list[RequestMemory], geometry: Geometry, topk: int, max_len: int) -> None:
+    def plan(self, requests: list[RequestMemory], geometry: Geometry, topk: int) -> None:
         """Cut the spans into execution blocks; round i holds the i-th one of every span that has as many.
 
-        requests: of the spans. max_len: longest request in tokens.
+        requests: of the spans.
         """
         units = torch.cat([request.units for request in requests]) if requests else torch.empty(0, dtype=torch.int64)
-        units = _on_device(units, self.block_table.device, "units")
         first_unit = 0
         rows_of_span = []
         for span, request in zip(self.spans, requests, strict=True):
             cuts = geometry.execution_blocks(span.start, span.end, request.prompt_len)
             rows_of_span.append([(span, request, first_unit, s, e) for s, e in cuts])
             first_unit += len(request.units)
+        decodes = all(span.end - span.start == 1 for span in self.spans)
+        planner = Planner(self.block_table, self.limits, self.num_requests, units, geometry, topk, decodes)
         for number, rows in enumerate(zip_longest(*rows_of_span)):
-            present = [row for row in rows if row is not None]
-            self.rounds.append(_round(number, present, self.block_table, units, geometry, topk, max_len))
+            self.rounds.append(planner.round(number, [row for row in rows if row is not None]))
         self.planned = True
 
-
-def _round(
-    number: int,
-    members: list[tuple[Span, RequestMemory, int, int, int]],
-    block_table: torch.Tensor,
-    units: torch.Tensor,
-    geometry: Geometry,
-    topk: int,
-    max_len: int,
-) -> Round:
-    """members: (span, request, where its units begin in `units`, start and end of the execution block)."""
-    rows, leaving, tables, num_chosen, most_stored, chosen, retrieved = [], [], [], 0, 0, 0, 0
-    traced: list[TracedRow] = []
-    longest = max(e - s for _, _, _, s, e in members)
-    for span, request, first_unit, s, e in members:
-        stored, edge, accumulate = geometry.stored_blocks(s), geometry.edge_start(s), int(request.outgrows_window)
-        offset = span.offset + s - span.start
-        rows.append([offset, s, e, edge, span.table, stored, first_unit, accumulate, request.number])
-        row_chosen = min(stored, geometry.init_blocks + topk)
-        num_chosen, most_stored = max(num_chosen, row_chosen), max(most_stored, stored)
-        chosen, retrieved = chosen + row_chosen, retrieved + max(0, row_chosen - geometry.init_blocks)
-        if request.trace_id is not None:
-            sealed = request.units[geometry.init_blocks : stored]
-            traced.append(TracedRow(len(rows) - 1, request.trace_id, s, e, sealed))
-        for block in range(stored, geometry.stored_blocks(e)):
-            leaving.append([0, block, int(request.units[block]), int(block >= geometry.init_blocks)])
-            tables.append(span.table)
-    tally = Tally(len(leaving), sum(is_unit for *_, is_unit in leaving), chosen, retrieved)
-    device = block_table.device
-    if device.type != "cpu":
-        # Launches of decode steps look the same however long the requests are, as CUDA graphs need it.
-        num_chosen, most_stored = geometry.init_blocks + topk, geometry.stored_blocks(max_len)
-        padding = len(members) - len(leaving) if longest == 1 else 0
-        leaving += [[0, 0, NO_UNIT, 0]] * padding
-        tables += [0] * padding
-    on_device = _on_device(torch.tensor(leaving, dtype=torch.int64).view(-1, len(Leaving)), device, f"leaving {number}")
-    table = _on_device(torch.tensor(tables, dtype=torch.int64), device, f"leaving table {number}")
-    # Looked up where the block table is, so that nothing has to come back from a device.
-    on_device[:, Leaving.PHYSICAL] = block_table[table, on_device[:, Leaving.BLOCK]].long()
-    blocks = ExecutionBlocks(
-        rows=_on_device(torch.tensor(rows, dtype=torch.int64), device, f"rows {number}"),
-        block_table=block_table,
-        units=units,
-        leaving=on_device,
-        num_chosen=num_chosen,
-        longest=longest,
-        most_stored=most_stored,
-        host_rows=rows if longest > 1 else None,
-    )
-    initial = None
-    if any(unit != NO_UNIT and not is_unit for _, _, unit, is_unit in leaving):
-        initial = on_device[:, Leaving.UNIT].masked_fill(on_device[:, Leaving.IS_UNIT] == 1, -1)
-    return Round(blocks, initial, tally, Selections(traced) if traced else None)
-
-
-def _on_device(tensor: torch.Tensor, device: torch.device, name: str) -> torch.Tensor:
-    """A tensor of the plan where the operations want it; copied without waiting, always to the same place."""
-    if device.type == "cpu":
-        return tensor
-    kept = workspace.take(f"plan: {name}", tuple(tensor.shape), tensor.dtype, device)
-    return kept.copy_(tensor.pin_memory(), non_blocking=True)
+    def plan_nothing(self, geometry: Geometry, topk: int, longest: int) -> None:
+        """One round in which no request has a token, for execution blocks of at most `longest` tokens: what is launched
+        for it can be compiled, or captured."""
+        units = torch.empty(0, dtype=torch.int64)
+        planner = Planner(self.block_table, self.limits, self.num_requests, units, geometry, topk, longest == 1)
+        nothing = planner.round(0, [])
+        blocks = replace(
+            nothing.blocks, longest=longest, host_rows=nothing.blocks.rows.tolist() if longest > 1 else None
+        )
+        self.rounds = [replace(nothing, blocks=blocks)]
+        self.planned = True
 
 
 class InfLLMMetadataBuilder(AttentionMetadataBuilder[InfLLMMetadata]):
@@ -156,6 +75,20 @@ class InfLLMMetadataBuilder(AttentionMetadataBuilder[InfLLMMetadata]):
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:  # type: ignore[no-untyped-def]
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.config = InfLLMConfig(**vllm_config.additional_config[KEY])
+        self.limits = Limits(
+            max_len=vllm_config.model_config.max_model_len,
+            requests=vllm_config.scheduler_config.max_num_seqs,
+            units=getattr(kv_cache_spec, "num_units", 0),
+            layers=len(vllm_config.compilation_config.static_forward_context),
+            group=layer_names[0],
+        )
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: "VllmConfig", kv_cache_spec: "KVCacheSpec") -> AttentionCGSupport:
+        """Decode steps only: the rounds of a prompt depend on its length. The reference reads tensors on the host."""
+        captures = vllm_config.additional_config[KEY]["ops"] == "triton"
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE if captures else AttentionCGSupport.NEVER
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -179,4 +112,13 @@ class InfLLMMetadataBuilder(AttentionMetadataBuilder[InfLLMMetadata]):
             slot_mapping=common.slot_mapping,
             block_table=common.block_table_tensor,
             spans=spans,
+            limits=self.limits,
+            num_requests=common.num_reqs,
         )
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> InfLLMMetadata:
+        """A step in which no request has a token, planned, since no connector plans it."""
+        metadata = self.build(0, common_attn_metadata)
+        metadata.spans = []
+        metadata.plan_nothing(self.config.geometry, self.config.topk, longest=1)
+        return metadata

@@ -19,6 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm_infllm import selection
 from vllm_infllm.attention import aside
 from vllm_infllm.attention.metadata import InfLLMMetadata
+from vllm_infllm.attention.planner import Limits
 from vllm_infllm.config import KEY, InfLLMConfig
 from vllm_infllm.memory.manager import InfLLMManager, InfLLMSpec
 from vllm_infllm.memory.requests import RequestMemory, RequestTable
@@ -206,6 +207,16 @@ class InfLLMConnector(KVConnectorBase_V1, SupportsHMA):
             residency, on_cpu = self._residency.get(group), kv_caches[ours[0]].device.type == "cpu"
             block_bytes = [kv_caches[name][0].nbytes for name in ours]
             self._counters[group] = GroupCounter(block_bytes, not on_cpu and residency is None, residency)
+            if not on_cpu:
+                self._warm_up({name: layers[name].impl for name in ours}, kv_caches)
+
+    def _warm_up(self, impls: dict[str, "InfLLMImpl"], kv_caches: dict[str, torch.Tensor]) -> None:
+        """Compile the kernels, which are the same for layers of the same shapes."""
+        one_of_each = {(impl.num_heads, impl.num_kv_heads, impl.head_size): name for name, impl in impls.items()}
+        requests = self._vllm_config.scheduler_config.max_num_seqs
+        for name in one_of_each.values():
+            limits = Limits(self.max_model_len, requests, layers=len(self._layer_numbers), group="warm-up")
+            impls[name].warm_up(kv_caches[name], limits)
 
     def _allocate_residency(self, group: int, impls: list["InfLLMImpl"], device: torch.device) -> None:
         config, requests = self.config, self._vllm_config.scheduler_config.max_num_seqs
@@ -232,7 +243,7 @@ class InfLLMConnector(KVConnectorBase_V1, SupportsHMA):
             attention = per_layer.get(name)
             if isinstance(attention, InfLLMMetadata) and not attention.planned:
                 members = _members(attention, self._requests[group], kwargs.get("request_ids"))
-                attention.plan(members, self.config.geometry, self.config.topk, self.max_model_len)
+                attention.plan(members, self.config.geometry, self.config.topk)
                 self._counters[group].count(attention.rounds)
                 self._selections += [round_.selections for round_ in attention.rounds if round_.selections]
 

@@ -1,6 +1,6 @@
 """Writes down what layers select, for requests that asked for a trace (see memory/trace.py), on the worker."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -21,24 +21,38 @@ class TracedRow:
 
 @dataclass
 class Selections:
-    """Of one round. `note` copies the traced rows where they are; reading them waits for the device."""
+    """Of one round. `note` copies what is traced where it is; reading it waits for the device."""
 
     rows: list[TracedRow]
+    kept: torch.Tensor | None = None
+    """[layers, requests, num_chosen]: where a CUDA graph notes the selections of all rows. `note` does not run then."""
     chosen: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     """By the number of the layer, for each traced row [num_chosen] host unit ids."""
 
     def note(self, layer: int, chosen: torch.Tensor) -> None:
         """chosen: [R, num_chosen] of a layer, as `select` returned it."""
-        self.chosen[layer] = [chosen[row.row].clone() for row in self.rows]
+        if self.kept is not None:
+            self.kept[layer, : len(chosen)].copy_(chosen)
+        else:
+            self.chosen[layer] = [chosen[row.row].clone() for row in self.rows]
+
+    def by_layer(self) -> Iterator[tuple[int, list[torch.Tensor]]]:
+        """Number of a layer, and for each traced row [num_chosen] host unit ids: none for layers of another group."""
+        if self.kept is None:
+            yield from self.chosen.items()
+        else:
+            for layer, of_requests in enumerate(self.kept.cpu()):
+                yield layer, [of_requests[row.row] for row in self.rows]
 
 
 def traced_blocks(selections: Iterable[Selections], num_layers: int) -> dict[str, list[TracedBlock]]:
     """What rounds noted, by request; the groups of a model's layers come in rounds of their own."""
     blocks: dict[str, dict[int, TracedBlock]] = {}
     for noted in selections:
+        by_layer = list(noted.by_layer())[:num_layers]
         for i, row in enumerate(noted.rows):
             empty = TracedBlock(row.start, row.end, [[] for _ in range(num_layers)])
             block = blocks.setdefault(row.request_id, {}).setdefault(row.start, empty)
-            for layer, chosen in noted.chosen.items():
+            for layer, chosen in by_layer:
                 block.units[layer] += torch.isin(row.units, chosen[i].cpu()).nonzero().flatten().tolist()
     return {request_id: [by_start[start] for start in sorted(by_start)] for request_id, by_start in blocks.items()}

@@ -19,7 +19,7 @@ from vllm_infllm.memory.residency import Residency
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-    from vllm_infllm.attention.metadata import Round
+    from vllm_infllm.attention.planner import Round
     from vllm_infllm.memory.manager import InfLLMManager
 
 PREFIX = "vllm:infllm_"

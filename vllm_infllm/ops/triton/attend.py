@@ -5,7 +5,7 @@ import torch
 from vllm_infllm.attention.rope import RotaryTable
 from vllm_infllm.memory.store import LayerMemory
 from vllm_infllm.ops import workspace
-from vllm_infllm.ops.interface import ExecutionBlocks, LayerSettings, halves
+from vllm_infllm.ops.interface import ExecutionBlocks, LayerSettings, Row, halves
 from vllm_infllm.ops.triton import attend_decode, attend_prefill, received
 from vllm_infllm.ops.triton.rotate import far_queries
 from vllm_infllm.ops.triton.tiles import Call
@@ -30,7 +30,8 @@ def attend(
     if mass is not None and mass.numel():
         shape = (call.rows, call.heads, blocks.num_chosen)
         weights = workspace.take("weights", shape, torch.float32, query.device)
-    attend_decode.attend(call, weights)
+    if weights is not None or blocks.longest == 1 or _some_have_one_token(blocks):
+        attend_decode.attend(call, weights)
     if blocks.longest > 1:
         lse = workspace.take("lse", query.shape[:2], torch.float32, query.device)
         found = None
@@ -44,3 +45,8 @@ def attend(
             received.weigh(call, lse, weights)
     if weights is not None and mass is not None:
         received.sum_heads(call, weights, mass)
+
+
+def _some_have_one_token(blocks: ExecutionBlocks) -> bool:
+    """A launch takes the host as long whether there is something to do or not."""
+    return blocks.host_rows is None or any(row[Row.END] - row[Row.START] == 1 for row in blocks.host_rows)
