@@ -2,13 +2,16 @@
 each further one.
 
 Needs a machine with a GPU, vLLM for CUDA, and vllm-infllm with its CUDA kernels (`vllm-infllm doctor` tells). InfLLM
-must find every pass key before anything is measured; else the exit status is 1. Writes the table of docs/gpu.md and a
-JSON with all samples.
+must find every pass key before anything is measured; else the exit status is 1. Random weights find none: with
+--random-weights only time is measured, which depends on the shapes alone. Writes the table of docs/gpu.md and a JSON
+with all samples.
 """
 
 import argparse
 import json
+import random
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks.floors import MODELS, Model
 from benchmarks.machine import describe
 from benchmarks.tables import fill_in
 from vllm_infllm.config import DEFAULT_BLOCK_SIZE
@@ -44,7 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--model", required=True, help="folder or name of a model")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model", help="folder or name of a model")
+    names = [model.name for model in MODELS]
+    model.add_argument("--random-weights", choices=names, help="a model's sizes, without its weights and vocabulary")
     parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 65536, 131072], help="tokens a prompt")
     parser.add_argument("--answer", type=int, default=129, help="tokens of a measured answer (default: %(default)s)")
     parser.add_argument("--runs", type=int, default=3, help="measured prompts a length (default: %(default)s)")
@@ -64,19 +71,45 @@ def run(args: argparse.Namespace) -> int:
         "arguments": {**vars(args), "output": str(args.output)},
         "answers": {},
     }
-    for side in SIDES:
-        record["answers"][side] = answers = _ask(side, args, console)
-        missed = [asked["prompt"] for asked in answers if asked["key"] and not asked["found"]]
-        console.print(f"{side}: {len(KEYS) * len(args.lengths) - len(missed)} of {len(KEYS) * len(args.lengths)} keys")
-        if side == "infllm" and missed:
-            raise CommandError(f"infllm missed pass keys ({', '.join(missed)}): nothing was measured")
+    with tempfile.TemporaryDirectory() as folder:
+        if args.random_weights:
+            _write_config(Path(folder), next(model for model in MODELS if model.name == args.random_weights))
+        for side in SIDES:
+            record["answers"][side] = answers = _ask(side, args.model or folder, args, console)
+            asked_keys = [asked for asked in answers if asked["key"]]
+            missed = [asked["prompt"] for asked in asked_keys if not asked["found"]]
+            console.print(f"{side}: {len(asked_keys) - len(missed)} of {len(asked_keys)} keys")
+            if side == "infllm" and missed:
+                raise CommandError(f"infllm missed pass keys ({', '.join(missed)}): nothing was measured")
+            # Each side's, so that what was measured is there whatever becomes of the other.
+            (args.output / "gpu.json").write_text(json.dumps(record, indent=1) + "\n")
     table = _table(record["answers"], args)
     console.print(table.rich())
-    (args.output / "gpu.json").write_text(json.dumps(record, indent=1) + "\n")
     page = args.output / "gpu.md"
     text = page.read_text() if page.exists() else ""
-    page.write_text(fill_in(text, {"gpu-measured": f"{record['environment']['device']}\n\n{table.markdown()}"}))
+    of = f"{args.random_weights} with random weights" if args.random_weights else args.model
+    where = f"{of} on one {record['environment']['device']}, medians of {args.runs}:"
+    page.write_text(fill_in(text, {"gpu-measured": f"{where}\n\n{table.markdown()}"}))
     return 0
+
+
+def _write_config(folder: Path, model: Model) -> None:
+    """What vLLM reads of a Llama; all of these models have its layers."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": model.hidden,
+        "intermediate_size": model.intermediate,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads,
+        "num_hidden_layers": model.layers,
+        "vocab_size": model.vocabulary,
+        "max_position_embeddings": 8192,
+        "rope_theta": 500000.0,
+        "rms_norm_eps": 1e-5,
+        "torch_dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def _device() -> str:
@@ -86,16 +119,13 @@ def _device() -> str:
     return str(current_platform.get_device_name()) if not current_platform.is_cpu() else "CPU"
 
 
-def _ask(side: str, args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+def _ask(side: str, model: str, args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     """Answers of one side: a key a depth and length, then `runs` long answers a length."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(args.model, model_max_length=sys.maxsize)
-    asked = list(_questions(tokenizer, args))
-    engine = _engine(side, args)
+    asked = list(_random_questions(args) if args.random_weights else _questions(model, args))
+    sampling = {"ignore_eos": True, "detokenize": not args.random_weights}
+    job = Job(_engine(side, model, args), [prompt for _, _, prompt in asked], args.answer, sampling)
     answers: list[dict[str, Any]] = []
-    events = json_lines(WORKER, asdict(Job(engine, [prompt for _, _, prompt in asked], args.answer)), side, {})
-    for event in events:
+    for event in json_lines(WORKER, asdict(job), side, {}):
         if "text" not in event:
             continue
         name, key, prompt = asked[len(answers)]
@@ -108,33 +138,52 @@ def _ask(side: str, args: argparse.Namespace, console: Console) -> list[dict[str
     return answers
 
 
-def _questions(tokenizer: Any, args: argparse.Namespace) -> Iterator[tuple[str, int, list[int]]]:
+def _questions(model: str, args: argparse.Namespace) -> Iterator[tuple[str, int, list[int]]]:
     """Name, pass key (0: only measured) and prompt; all keys come before what is measured."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model, model_max_length=sys.maxsize)
     for length in args.lengths:
         for depth, key in KEYS.items():
             yield f"{length} tokens, key at depth {depth}", key, passkey_prompt(tokenizer, length, depth, key)
+    for name, length, run_ in _measured(args):
+        # The key makes every prompt another one.
+        yield name, 0, passkey_prompt(tokenizer, length, 0.0, 10000 + run_)
+
+
+def _random_questions(args: argparse.Namespace) -> Iterator[tuple[str, int, list[int]]]:
+    """The same without keys, of any tokens; first one of each length that is not measured."""
+    draw = random.Random(0)
+    for length in args.lengths:
+        yield f"{length} tokens, warm-up", 0, [draw.randrange(1000, 30000) for _ in range(length)]
+    for name, length, _ in _measured(args):
+        yield name, 0, [draw.randrange(1000, 30000) for _ in range(length)]
+
+
+def _measured(args: argparse.Namespace) -> Iterator[tuple[str, int, int]]:
+    """Name, length and number of each prompt that is measured."""
     for run_ in range(args.runs):
         for length in args.lengths:
-            # The key makes every prompt another one.
-            prompt = passkey_prompt(tokenizer, length, 0.0, 10000 + run_)
-            yield f"{length} tokens, run {run_ + 1}", 0, prompt
+            yield f"{length} tokens, run {run_ + 1}", length, run_
 
 
-def _engine(side: str, args: argparse.Namespace) -> dict[str, Any]:
+def _engine(side: str, model: str, args: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoConfig
 
     longest = max(args.lengths) + args.answer
     common = {
-        "model": args.model,
+        "model": model,
         "dtype": args.dtype,
         "max_model_len": longest,
         "max_num_seqs": 1,
         "block_size": DEFAULT_BLOCK_SIZE if side == "infllm" else None,
         "enable_prefix_caching": False,
     }
+    if args.random_weights:
+        common |= {"load_format": "dummy", "skip_tokenizer_init": True}
     if side == "infllm":
         return common | {"attention_backend": "infllm", "additional_config": {"infllm": args.infllm}}
-    trained = AutoConfig.from_pretrained(args.model).max_position_embeddings
+    trained = AutoConfig.from_pretrained(model).max_position_embeddings
     # vLLM refuses more than that, unless the rotary table is made as long.
     return common | ({"hf_overrides": {"max_position_embeddings": longest}} if longest > trained else {})
 

@@ -9,7 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from vllm_infllm.tools.worker_process import json_output
@@ -17,11 +17,13 @@ from vllm_infllm.tools.worker_process import json_output
 
 @dataclass(frozen=True)
 class Job:
-    """What to run: the keyword arguments of `vllm.LLM`, and the token ids of the prompts."""
+    """What to run: the keyword arguments of `vllm.LLM`, the token ids of the prompts, and what else
+    `vllm.SamplingParams` are to be."""
 
     engine: dict[str, Any]
     prompts: list[list[int]]
     max_tokens: int
+    sampling: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,20 +51,21 @@ def run(job: Job) -> Iterator[dict[str, Any]]:
     from vllm import LLM
 
     llm = LLM(**job.engine, disable_log_stats=False)
-    for _ in answer(llm, job.prompts[0][:256], max_tokens=2):
+    for _ in answer(llm, job.prompts[0][:256], max_tokens=2, **job.sampling):
         pass
     yield {"ready": True}
     for prompt in job.prompts:
-        yield from answer(llm, prompt, job.max_tokens)
+        yield from answer(llm, prompt, job.max_tokens, **job.sampling)
 
 
-def answer(llm: Any, prompt: list[int], max_tokens: int) -> Iterator[dict[str, Any]]:
+def answer(llm: Any, prompt: list[int], max_tokens: int, **sampling: Any) -> Iterator[dict[str, Any]]:
     """Greedily complete one prompt, alone in the engine: yields the progress after every step, then the `Answer`."""
     from vllm import SamplingParams
 
     chunk = llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
     start, steps, peak = time.monotonic(), 0, 0
-    llm.enqueue({"prompt_token_ids": prompt}, SamplingParams(temperature=0, max_tokens=max_tokens), use_tqdm=False)
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, **sampling)
+    llm.enqueue({"prompt_token_ids": prompt}, params, use_tqdm=False)
     outputs: list[Any] = []
     while llm.llm_engine.has_unfinished_requests():
         outputs = llm.llm_engine.step() or outputs
