@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
-from benchmarks import evaluation, report, results
+from benchmarks import evaluation, gpu, report, results
 from benchmarks.engine_worker import Engine
+from benchmarks.floors import MODELS
 from benchmarks.plan import ANSWER_ROOM, FULL
 from benchmarks.samples import (
     Step,
@@ -307,3 +309,33 @@ def test_the_table_of_selection_rules_by_hand() -> None:
     assert rows["`mean`"] == ["1 of 2, 50%", ""] and rows["`peak`"] == ["", "1 of 1, 90%"]
     assert rows["full attention"] == ["", "1 of 1"] and rows["`best`"] == ["", ""]
     assert rows[evaluation.VARIANTS["question"][0]] == ["1 of 1, 100%", ""]
+
+
+def test_a_model_of_random_weights_has_its_sizes(tmp_path: Path) -> None:
+    """vLLM reads them from the folder that is written."""
+    for model in MODELS:
+        gpu._write_config(tmp_path, model)
+        config = AutoConfig.from_pretrained(tmp_path)
+        assert (config.num_hidden_layers, config.hidden_size, config.vocab_size) == (
+            model.layers,
+            model.hidden,
+            model.vocabulary,
+        )
+        assert (config.num_attention_heads, config.num_key_value_heads) == (model.heads, model.kv_heads)
+        assert config.hidden_size // config.num_attention_heads == model.head_size
+
+
+def test_prompts_of_random_tokens_differ() -> None:
+    """One of each length warms up, and none is measured twice; the table finds the measured ones."""
+    args = gpu._parser().parse_args(["--random-weights", MODELS[0].name, "--lengths", "100", "300", "--runs", "2"])
+    asked = list(gpu._random_questions(args))
+    assert [len(prompt) for _, _, prompt in asked] == [100, 300] * 3
+    assert len({tuple(prompt[:100]) for _, _, prompt in asked}) == 6
+    assert all(max(prompt) < min(model.vocabulary for model in MODELS) for _, _, prompt in asked)
+    answers = [
+        {"prompt": name, "first_seconds": i, "seconds": i + 1.28, "tokens": 129} for i, (name, *_) in enumerate(asked)
+    ]
+    rows = gpu._table({"infllm": answers, "stock": answers}, args).rows
+    assert [row[0] for row in rows] == ["100", "300"]
+    assert [row[1] for row in rows] == ["3", "4"], "medians of runs 1 and 2, without the warm-up"
+    assert {row[4] for row in rows} == {"10"}
