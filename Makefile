@@ -37,8 +37,8 @@ test: env
 	$(BIN)/vllm-infllm model
 	+$(MAKE) --jobs=2 --output-sync=line test-model test-rest test-gpu-offline test-emulated lint docs
 
-# The tests that run the demo model for minutes, and all others.
-MODEL_TESTS := tests/test_parity.py tests/test_server.py
+# The tests that run the demo model for minutes, with one that makes both jobs as long, and all others.
+MODEL_TESTS := tests/test_parity.py tests/test_server.py tests/test_engine.py
 test-model: env
 	$(BIN)/python -m pytest $(MODEL_TESTS)
 

@@ -87,15 +87,15 @@ def test_a_graph_computes_what_its_steps_do(slots: int, strategy: str) -> None:
             Sequence.random(shape, length, prompt, seed=prompt) for length, prompt in [(120, 60), (60, 6), (210, 170)]
         )
         layer.step([(a, 60), (b, 6)])
-        for _ in range(30):
+        for _ in range(20):
             layer.step([(a, 1), (b, 1)], graph if layer is replayed else None)
         layer.step([(c, 170), (a, 1)])
-        for _ in range(24):
+        for _ in range(12):
             layer.step([(c, 1), (b, 1), (a, 1)], graph if layer is replayed else None)
         layer.finish(b)
-        for _ in range(5):
+        for _ in range(4):
             layer.step([(a, 1), (c, 1)], graph if layer is replayed else None)
-        outputs = torch.cat([a.output[:120], b.output, c.output[:199]])
+        outputs = torch.cat([a.output[: a.computed], b.output[: b.computed], c.output[: c.computed]])
         assert outputs.isfinite().all()
         if layer is eager:
             expected = outputs
