@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,12 +13,14 @@ from torch import Tensor
 
 from tests.one_layer import Layer, Sequence, Shape, assert_equals_oracle, oracle_of, shapes
 from tests.oracle import OracleConfig, full_attention
+from tests.test_ops_cpu import Scene, Sizes, Task, bits
 from tests.test_oracle import SCALE, Golden
 from vllm_infllm.attention.metadata import InfLLMMetadata
 from vllm_infllm.attention.planner import Limits
 from vllm_infllm.attention.rope import RotaryTable
 from vllm_infllm.memory.geometry import Geometry
 from vllm_infllm.ops import reference as ops
+from vllm_infllm.ops.interface import Leaving
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -313,3 +316,21 @@ def test_faults_are_seen(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises((AssertionError, IndexError) if "too early" in fault else AssertionError):
         layer.run(sequence)
         assert_equals_oracle(layer, sequence, expected)
+
+
+def test_leaving_rows_that_only_fill_up_seal_nothing() -> None:
+    """Plans for a GPU have them, whose unit is -1: no unit is that, least of all the last one."""
+    sizes = Sizes(exc=64)
+    scene = Scene(sizes, [Task(192, 250)], torch.float32, seed=1)
+    scene.fill_received()
+    blocks = scene.batch().blocks
+    padding = blocks.leaving[:1].clone()
+    padding[:, Leaving.UNIT] = -1
+    sealed = []
+    for leaving in (blocks.leaving, torch.cat([padding, blocks.leaving, padding])):
+        cache, memory = scene.packed(ops, torch.float32)
+        ops.seal(replace(blocks, leaving=leaving), sizes.settings, scene.rope, cache, memory)
+        sealed.append(memory)
+    assert len(blocks.leaving)
+    for expected, got in zip(*(vars(memory).values() for memory in sealed), strict=True):
+        assert torch.equal(bits(got), bits(expected))

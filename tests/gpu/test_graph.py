@@ -127,3 +127,27 @@ def test_a_graph_notes_what_it_selects() -> None:
     assert layer_number == 0 and isinstance(noted[0].rows[0], TracedRow)
     found = [units.index(unit) for unit in chosen.tolist() if unit >= 0]
     assert len(found) == 1 + CONFIG.topk and found == sorted(found) and found[0] == 0
+
+
+@pytest.mark.usefixtures("no_host")
+@pytest.mark.parametrize("slots, strategy", [(0, "lru"), (3, "lru-s")], ids=["in place", "from slots"])
+def test_the_warm_up_launches_every_kernel(slots: int, strategy: str) -> None:
+    """What requests launch later has been compiled, and memory is as before."""
+    shape = Shape(CONFIG, max_cached_blocks=slots, cache_strategy=strategy, head_size=32, rotary_dim=32)
+    layer, launched = Layer(shape, 40, 40, seed=1, ops="triton"), set()
+    layer.impl.number = 0
+    run = InterpretedFunction.run
+
+    def noted(kernel: Any, *args: Any, **kwargs: Any) -> None:
+        launched.add((kernel.fn.__name__, *sorted((n, x) for n, x in kwargs.items() if isinstance(x, bool))))
+        run(kernel, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpretedFunction, "run", noted)
+        layer.impl.warm_up(layer.cache, layer.limits)
+        assert layer.cache.isnan().all() and all(x.isnan().all() for x in vars(layer.impl.memory).values())
+        warm = set(launched)
+        launched.clear()
+        sequence = Sequence.random(shape, 200, 180, seed=1)
+        layer.run(sequence, chunk=90)
+    assert launched and launched <= warm

@@ -207,7 +207,7 @@ class InfLLMConnector(KVConnectorBase_V1, SupportsHMA):
             residency, on_cpu = self._residency.get(group), kv_caches[ours[0]].device.type == "cpu"
             block_bytes = [kv_caches[name][0].nbytes for name in ours]
             self._counters[group] = GroupCounter(block_bytes, not on_cpu and residency is None, residency)
-            if not on_cpu:
+            if self.config.ops == "triton" and not on_cpu:
                 self._warm_up({name: layers[name].impl for name in ours}, kv_caches)
 
     def _warm_up(self, impls: dict[str, "InfLLMImpl"], kv_caches: dict[str, torch.Tensor]) -> None:

@@ -128,6 +128,8 @@ def seal(
     block_size = cache.shape[2]
     for row in blocks.leaving.tolist():
         physical, block, unit = row[Leaving.PHYSICAL], row[Leaving.BLOCK], row[Leaving.UNIT]
+        if unit < 0:  # only fills up
+            continue
         positions = torch.arange(block * block_size, (block + 1) * block_size, device=cache.device)
         key = rope.unrotate(keys[physical].transpose(0, 1), positions)
         memory.keys[unit] = key.transpose(0, 1)
