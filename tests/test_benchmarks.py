@@ -3,17 +3,21 @@
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoConfig
 
-from benchmarks import evaluation, gpu, report, results
+import benchmarks.engine
+from benchmarks import decode, evaluation, gpu, report, results
 from benchmarks.engine_worker import Engine
 from benchmarks.floors import MODELS
 from benchmarks.plan import ANSWER_ROOM, FULL
+from benchmarks.progress import Display
 from benchmarks.samples import (
     Step,
     complete,
@@ -290,6 +294,33 @@ def test_the_fill_seals_units(tmp_path: Path) -> None:
         content = torch.randn(PERIOD, 2, 2 * 32, generator=torch.Generator().manual_seed(0))
         wanted = content[torch.arange(128, 256) + 97, 1].view(128, 2, 32).transpose(0, 1)
         assert any(torch.equal(unit, wanted) for unit in values)
+
+
+class Here:
+    """A worker in this process, which notes the steps it is asked for."""
+
+    def __init__(self, llm: Any) -> None:
+        self.engine = Engine(llm)
+        self.steps: list[tuple[str, int]] = []
+
+    def ask(self, command: dict[str, Any]) -> Any:
+        done = getattr(self.engine, command["do"])(**{name: value for name, value in command.items() if name != "do"})
+        if command["do"] == "step":
+            self.steps += [(command["mode"], step.tokens) for step in done]
+        return done
+
+
+def test_a_context_is_filled_but_for_the_end_of_the_prompt(tmp_path: Path) -> None:
+    """Answers are measured after a real piece of a prompt, which leaves a kernel's scratch memory as users have it."""
+    model = tiny_models.make("llama", tmp_path)
+    plan = replace(FULL, chunk=256, decode_contexts=(512,), decode_blocks=2, decode_steps=3)
+    with infllm_engine(model, {"n_local": 256}, block_size=128, max_model_len=1024, max_num_batched_tokens=256) as llm:
+        here = Here(llm)
+        with Display(Console(quiet=True)) as display, display.part("decode", 60) as part:
+            decode.run({"infllm": benchmarks.engine.Engine(here, {})}, plan, part)  # type: ignore[arg-type]
+    measured = [("real", 1)] * 2 * 3 + [("idle", 1)] * decode.IDLE_BLOCKS * 3
+    assert here.steps == [("fill", 256), ("fill", 256), ("real", decode.TAIL), ("real", 1), ("real", 1), *measured]
+    assert [len(block) for block in part.samples["512"]["infllm"]["real"]] == [3, 3]
 
 
 def evaluated(backend: str, score: float, retrieved: float | None) -> Record:
