@@ -7,7 +7,6 @@ plots, and performance.json with all samples. A part that is run alone replaces 
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,8 +14,6 @@ from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported
 
 from rich.console import Console
 

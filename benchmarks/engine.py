@@ -18,8 +18,6 @@ ENV = {
     "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
-    # Threads that spin while they wait would slow the other engine down.
-    "OMP_WAIT_POLICY": "passive",
 }
 GIB = 1 << 30
 ENGINE_BYTES = 5 * GIB // 2

@@ -36,6 +36,7 @@ def describe(dtype: str, ops: str) -> dict[str, Any]:
         "cpu": facts.get("model name", platform.processor()),
         "flags": [flag for flag in FLAGS if flag in facts.get("flags", "").split()],
         "threads": threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "not set"),
         "last_level_cache_mib": last_level_cache() / (1 << 20),
         "memory_gib": round(psutil.virtual_memory().total / (1 << 30), 1),
         "dtype": dtype,

@@ -84,6 +84,7 @@ _FACTS = {
     "CPU": lambda e: e["cpu"],
     "instructions": lambda e: ", ".join(e["flags"]) or "none of those that matter",
     "threads": lambda e: str(e["threads"]),
+    "`OMP_WAIT_POLICY`": lambda e: e["omp_wait_policy"],
     "last-level cache": lambda e: f"{e['last_level_cache_mib']:.0f} MiB",
     "memory": lambda e: f"{e['memory_gib']:.1f} GiB",
     "dtype": lambda e: e["dtype"],

@@ -14,11 +14,39 @@ import psutil
 import pytest
 
 from tests import fake_vllm, tiny_models
-from vllm_infllm.tools import bench_report, cli, server
+from vllm_infllm.tools import bench_report, bench_run, cli, server
 from vllm_infllm.tools.bench_report import METRICS, crossover, crossovers, gain, tables
 from vllm_infllm.tools.engine_options import list_of, tokens
 
 TTFT, TPOT, THROUGHPUT = METRICS[:3]
+
+
+class Asked:
+    """A server that takes 50 ms to say what it holds, on a clock that only its answers and the test move."""
+
+    clock, seconds, held = 100.0, 0.0, 0.0
+
+    def check(self) -> None:
+        pass
+
+    def usage(self) -> server.Usage:
+        self.clock += 0.05
+        self.seconds += 0.05
+        return server.Usage(int(self.held), self.held / 100)
+
+
+def test_watching_takes_little_of_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two hundredths of a run at most, but for the first look; what is held for some seconds is seen."""
+    asked = Asked()
+    monkeypatch.setattr("vllm_infllm.tools.bench_run.time.monotonic", lambda: asked.clock)
+    watch = bench_run.Watch(asked)  # type: ignore[arg-type]
+    for held in (0.0, 7.0, 3.0):
+        asked.held = held
+        for _ in range(20):
+            watch()
+            asked.clock += 0.2
+    assert 0.1 <= asked.seconds <= 0.05 + bench_run.WATCHING * (asked.clock - 100)
+    assert watch.peak == server.Usage(7, 0.07)
 
 
 # ---- arithmetic ------------------------------------------------------------------------------------------------------

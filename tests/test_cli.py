@@ -101,12 +101,15 @@ def doctor(capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     return status, " ".join(capsys.readouterr().out.split())
 
 
-def test_doctor_finds_everything_here(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_finds_everything_here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """On this machine InfLLM can start: versions, the kernels that would run, and what a CPU does not need."""
     from vllm_infllm.ops import cpu
 
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     status, said = doctor(capsys)
-    assert status == 0
+    assert status == 0 and "OMP_WAIT_POLICY passive" in said
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    assert "OMP_WAIT_POLICY not set" in doctor(capsys)[1]
     assert f"vllm-infllm {__version__}" in said and "vLLM 0.32" in said and "platform CPU" in said
     assert "plugin installed" in said and f"operations {cpu.describe()}" in said
     assert "CUDA torch is built without it" in said

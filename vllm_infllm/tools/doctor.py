@@ -7,6 +7,7 @@ and without reading weights. The exit status is 0 when `--attention-backend infl
 import argparse
 import importlib
 import importlib.metadata
+import os
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -85,6 +86,9 @@ def findings_here() -> Iterator[Finding]:
     on_cpu = current_platform.is_cpu()
     yield Finding("platform", "CPU" if on_cpu else str(current_platform.device_name))
     yield _extension("C++ kernels", _cpu_kernels, needed=on_cpu)
+    if on_cpu:
+        # It changes what a token takes by half.
+        yield Finding("OMP_WAIT_POLICY", os.environ.get("OMP_WAIT_POLICY", "not set"))
     yield Finding("CUDA", _cuda())
     yield Finding("Triton", _version("triton"))
     yield _extension("CUDA kernels", _cuda_kernels, needed=not on_cpu)
