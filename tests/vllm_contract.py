@@ -318,6 +318,7 @@ vllm.entrypoints.launchers.api_server.entry:run_server -- the handler that ours 
 vllm.v1.worker.gpu_worker:Worker -- InfLLMGPUWorker
     subclassed
     overrides load_model(self, *, load_dummy_weights)
+    overrides execute_model(self, scheduler_output)
     overrides get_kv_cache_spec(self)
     overrides determine_available_memory(self)
     has vllm_config model_runner
@@ -325,6 +326,7 @@ vllm.v1.worker.cpu_worker:CPUWorker -- InfLLMCPUWorker
     subclassed
     overrides __init__(self, vllm_config, ...)
     overrides load_model(self, *, load_dummy_weights)
+    overrides execute_model(self, scheduler_output)
     overrides get_kv_cache_spec(self)
     overrides sample_tokens(self, ...)
     has vllm_config model_runner

@@ -20,6 +20,7 @@ from vllm_infllm.memory.manager import InfLLMSpec
 from vllm_infllm.memory.plan import MemoryPlan, MemorySizes, make_plan
 from vllm_infllm.selection import SummaryRule
 from vllm_infllm.selection.rules import UnitShape
+from vllm_infllm.worker.stack import with_stack_room
 
 logger = init_logger(f"vllm.{__name__}")
 ROPES = "vllm.model_executor.layers.rotary_embedding"
@@ -134,6 +135,10 @@ class InfLLMWorker:
         stopping.end_with_engine_core()
         super().load_model(**kwargs)  # type: ignore[misc]
         bind_rope(self.model_runner.get_model(), self.vllm_config)
+
+    @with_stack_room
+    def execute_model(self, scheduler_output: Any) -> Any:
+        return super().execute_model(scheduler_output)  # type: ignore[misc]
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """vLLM's specs, with those of the InfLLM layers replaced, and the memory plan in them."""
