@@ -1,10 +1,10 @@
 """The two sides of the benchmark: stock vLLM and InfLLM, each an engine in a process of its own."""
 
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
-from benchmarks.machine import threads
 from benchmarks.plan import ANSWER_ROOM, BLOCK_SIZE, Plan
 from benchmarks.samples import Step
 from vllm_infllm.tools import CommandError
@@ -19,6 +19,9 @@ ENV = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
+WORKER = "benchmarks.worker.BenchmarkWorker"
+SETTLE_SECONDS = 1.2
+"""A worker of vLLM looks for its next step without sleeping, for a second."""
 GIB = 1 << 30
 ENGINE_BYTES = 5 * GIB // 2
 """What an engine takes beside its KV cache, the demo model in it."""
@@ -51,7 +54,10 @@ class Engine:
 def settings(
     side: SideName, model: str, dtype: str, max_model_len: int, plan: Plan, infllm: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Keyword arguments of `vllm.LLM`: all defaults, but for lengths, one request at a time, and the memory of both."""
+    """Keyword arguments of `vllm.LLM`: all defaults, but for lengths, one request at a time, and the memory of both.
+
+    The worker is a process of its own, which is vLLM's default where the engine is one, too.
+    """
     full_bytes = full_cache_bytes(model, dtype, max_model_len, BLOCK_SIZE)
     common = {
         "model": model,
@@ -61,6 +67,8 @@ def settings(
         "max_num_batched_tokens": plan.chunk,
         "enable_prefix_caching": False,
         "enforce_eager": plan.eager,
+        "distributed_executor_backend": "mp",
+        "worker_extension_cls": WORKER,
     }
     if side == "stock":
         # Longer than the model was trained for: the rotary table has to be as long.
@@ -99,8 +107,11 @@ def fitting(model: str, dtype: str, lengths: Iterable[int]) -> list[int]:
 def engines(
     sides: Mapping[SideName, dict[str, Any]], num_threads: int | None = None
 ) -> Iterator[dict[SideName, Engine]]:
-    """Engines with these settings, started side by side and warmed up, alive until the block is left."""
-    env = ENV | {"OMP_NUM_THREADS": str(num_threads or threads())}
+    """Engines with these settings, started side by side and warmed up, alive until the block is left.
+
+    num_threads: of each worker; None leaves it to vLLM, which binds one to each physical core.
+    """
+    env = ENV | ({"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(num_threads)} if num_threads else {})
     with ExitStack() as stack:
         processes = {side: stack.enter_context(WorkerProcess("benchmarks.engine_worker", side, env)) for side in sides}
         for side, process in processes.items():
@@ -113,7 +124,9 @@ def engines(
         yield running
 
 
-def in_turn(running: Mapping[SideName, Engine], turn: int) -> list[tuple[SideName, Engine]]:
-    """The engines in the order of this turn: each goes first in every other one."""
+def in_turn(running: Mapping[SideName, Engine], turn: int) -> Iterator[tuple[SideName, Engine]]:
+    """The engines in the order of this turn: each goes first in every other one. None disturbs the other."""
     ordered = list(running.items())
-    return ordered[::-1] if turn % 2 else ordered
+    for side, engine in ordered[::-1] if turn % 2 else ordered:
+        time.sleep(SETTLE_SECONDS)
+        yield side, engine

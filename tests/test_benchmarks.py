@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 import benchmarks.engine
 from benchmarks import decode, evaluation, gpu, report, results
+from benchmarks.engine import WORKER
 from benchmarks.engine_worker import Engine
 from benchmarks.floors import MODELS
 from benchmarks.plan import ANSWER_ROOM, FULL
@@ -269,7 +270,8 @@ def filled_answer(llm: Any, context: int) -> tuple[list[int], list[Step]]:
 def test_the_fill_gives_both_engines_the_same_content(tmp_path: Path) -> None:
     """Inside the window both compute full attention: after the same fill they decode the same tokens, in float32."""
     model = tiny_models.make("llama", tmp_path)
-    sizes: dict[str, Any] = {"max_model_len": 1024, "max_num_batched_tokens": 256}
+    worker = {"worker_extension_cls": WORKER, "distributed_executor_backend": "mp"}
+    sizes: dict[str, Any] = {"max_model_len": 1024, "max_num_batched_tokens": 256, **worker}
     with engine(model, kv_cache_memory_bytes=64 << 20, **sizes) as llm:
         stock, stock_steps = filled_answer(llm, 600)
     with infllm_engine(model, {"n_local": 768, "exc_block_size": 256}, block_size=128, **sizes) as llm:
@@ -283,7 +285,8 @@ def test_the_fill_seals_units(tmp_path: Path) -> None:
     """Beyond the window, units hold the fill's values, and their representatives are those of the attention set."""
     model = tiny_models.make("llama", tmp_path)
     config = {"n_init": 128, "n_local": 256, "topk": 1, "exc_block_size": 256}
-    with infllm_engine(model, config, block_size=128, max_model_len=2048, max_num_batched_tokens=256) as llm:
+    sizes: dict[str, Any] = {"max_model_len": 2048, "max_num_batched_tokens": 256, "worker_extension_cls": WORKER}
+    with infllm_engine(model, config, block_size=128, **sizes) as llm:
         tokens, _ = filled_answer(llm, 1024)
         assert len(tokens) == 9
         worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
@@ -314,7 +317,8 @@ def test_a_context_is_filled_but_for_the_end_of_the_prompt(tmp_path: Path) -> No
     """Answers are measured after a real piece of a prompt, which leaves a kernel's scratch memory as users have it."""
     model = tiny_models.make("llama", tmp_path)
     plan = replace(FULL, chunk=256, decode_contexts=(512,), decode_blocks=2, decode_steps=3)
-    with infllm_engine(model, {"n_local": 256}, block_size=128, max_model_len=1024, max_num_batched_tokens=256) as llm:
+    sizes: dict[str, Any] = {"max_model_len": 1024, "max_num_batched_tokens": 256, "worker_extension_cls": WORKER}
+    with infllm_engine(model, {"n_local": 256}, block_size=128, **sizes) as llm:
         here = Here(llm)
         with Display(Console(quiet=True)) as display, display.part("decode", 60) as part:
             decode.run({"infllm": benchmarks.engine.Engine(here, {})}, plan, part)  # type: ignore[arg-type]
