@@ -1,4 +1,4 @@
-"""What the engine of a benchmark can do in a step besides the real thing. Lives in the engine's process only.
+"""What the worker of a benchmark's engine can do in a step besides the real thing. Lives in the worker's process only.
 
 - "real": nothing is changed.
 - "idle": keys and values are written as always, but attention answers zeros; InfLLM also moves blocks to its store as

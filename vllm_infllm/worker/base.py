@@ -138,6 +138,7 @@ class InfLLMWorker:
 
     @with_stack_room
     def execute_model(self, scheduler_output: Any) -> Any:
+        """A step, as vLLM runs it."""
         return super().execute_model(scheduler_output)  # type: ignore[misc]
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
