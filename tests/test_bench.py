@@ -312,7 +312,7 @@ def test_lengths_are_numbers_of_tokens() -> None:
 def test_wrong_input_stops_before_anything_starts(
     model: str, vllm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A missing model, a folder that is a file, and settings that an engine would refuse."""
+    """A missing model, a folder that is a file, and settings that an engine would refuse: one line, nothing written."""
     (tmp_path / "file").touch()
     refused: dict[str, Callable[[], list[str]]] = {
         "--model /nowhere: no model is there": lambda: command("/nowhere", tmp_path / "out"),
@@ -320,6 +320,7 @@ def test_wrong_input_stops_before_anything_starts(
         "n_local=100 is not a multiple": lambda: [*command(model, tmp_path / "out"), "--infllm", '{"n_local": 100}'],
     }
     for said, arguments in refused.items():
-        assert cli.main(arguments()) == 1
-        assert said in capsys.readouterr().err
-    assert not (vllm / "calls").exists()
+        assert cli.main(arguments()) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line
+    assert not (vllm / "calls").exists() and not (tmp_path / "out").exists()

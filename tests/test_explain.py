@@ -95,7 +95,7 @@ def test_explain_refuses_what_it_cannot_show(
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "prompt.txt").write_text("t5 t6 t7")
     options = {"model": tmp_path, "prompt-file": tmp_path / "prompt.txt", **options}
-    assert cli.main(["explain", *(f"--{name}={value}" for name, value in options.items())]) == 1
+    assert cli.main(["explain", *(f"--{name}={value}" for name, value in options.items())]) == 2
     error = capsys.readouterr().err
     assert error.startswith("vllm-infllm explain: error: ") and message in error
 

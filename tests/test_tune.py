@@ -134,5 +134,5 @@ def test_wrong_usage(arguments: list[str], said: str, capsys: pytest.CaptureFixt
 
 
 def test_a_missing_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["tune", "--model", str(tmp_path), "--max-ms-per-token", "5"]) == 1
+    assert cli.main(["tune", "--model", str(tmp_path), "--max-ms-per-token", "5"]) == 2
     assert f"--model {tmp_path}: no model is there" in capsys.readouterr().err

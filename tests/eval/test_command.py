@@ -144,6 +144,11 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
             ["passkey", "--lengths", "4k", "--max-model-len", "4096"],
             "up to 4106 tokens, and max_model_len is 4096",
         ),
+        (["passkey", "--engine", '{"max_model_len": 8192}'], "--engine: give --max-model-len instead of max_model_len"),
+        (
+            ["passkey", "--engine", '{"model": "m", "attention_backend": "infllm"}'],
+            "--engine: give --backends instead of attention_backend, --model instead of model",
+        ),
         (["passkey", "--lengths", "50"], "--lengths 50: a prompt of this task takes at least"),
         (["passkey", "--backends", "infllm,flash"], "--backends: there is no backend 'flash'"),
         (
@@ -151,6 +156,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
             "'infllm-mean'; the backends are infllm, streaming, full, infllm-",
         ),
         (["passkey", "--model", "/nowhere"], "--model /nowhere: there is no such folder"),
+        (["passkey", "--model", "no-such/model"], "--model no-such/model: "),
         (["passkey", "--base-url", "http://127.0.0.1:9/v1"], "--base-url http://127.0.0.1:9/v1: Connection error."),
     ],
 )
@@ -179,6 +185,20 @@ def test_mistyped_options_end_with_status_2(
     with pytest.raises(SystemExit) as end:
         cli.main(["eval", "passkey", *arguments])
     assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_an_engine_that_does_not_start_leaves_nothing(
+    before: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither files, nor settings that would be held against the next run, nor folders but those that were there."""
+    monkeypatch.setattr(answers, "WORKER", "no_such_module")
+    out = tmp_path / "new" / "out"
+    if before:
+        out.mkdir(parents=True)
+    assert cli.main(["eval", "passkey", "--lengths", "600", "--output", str(out)]) == 1
+    assert capsys.readouterr().err.startswith("vllm-infllm eval: error: infllm: ")
+    assert [path.name for path in tmp_path.rglob("*")] == (["new", "out"] if before else [])
 
 
 def test_folders_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from vllm_infllm.config import KEY
 from vllm_infllm.plugin import unsupported_vllm
-from vllm_infllm.tools import CommandError
+from vllm_infllm.tools import CommandError, UsageError
 from vllm_infllm.tools.engine_options import (
     add_engine_options,
     blueprint,
@@ -85,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
     from vllm_infllm.tools import bench_report
     from vllm_infllm.tools.bench_run import Bench, Cell, Turn
 
-    _prepare(args)
+    if args.model is None:
+        args.model, args.dtype = str(demo_model()), args.dtype or demo_dtype()
     console = Console()
     drawn = blueprint(
         args.model,
@@ -94,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
         max_model_len=_max_model_len(args),
     )
     record = _describe(args, drawn)
+    _make_folder(args.output)
     cells = [Cell(length, concurrency) for length in sorted(args.lengths) for concurrency in sorted(args.concurrency)]
     sides = list(record["engine"])
     with _progress(console, 2 * args.rounds * len(cells) * len(args.commands)) as step:
@@ -114,16 +116,14 @@ def _command(text: str) -> str:
     return text
 
 
-def _prepare(args: argparse.Namespace) -> None:
-    """Fill in the demo model, and find out now whether the folder can be written."""
-    if args.model is None:
-        args.model, args.dtype = str(demo_model()), args.dtype or demo_dtype()
+def _make_folder(output: Path) -> None:
+    """Find out whether it can be written before hours are spent."""
     try:
-        (args.output / "logs").mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=args.output):
+        (output / "logs").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
             pass
     except OSError as error:
-        raise CommandError(f"--output {args.output} cannot be written: {error.strerror}.") from error
+        raise UsageError(f"--output {output} cannot be written: {error.strerror}.") from error
 
 
 def _max_model_len(args: argparse.Namespace) -> int:

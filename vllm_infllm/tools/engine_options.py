@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm_infllm.config import KEY
-from vllm_infllm.tools import CommandError
+from vllm_infllm.tools import UsageError
 
 if TYPE_CHECKING:
     from vllm_infllm.tools.blueprint import Blueprint
@@ -87,42 +87,42 @@ def blueprint(model: str, infllm: dict[str, Any], **options: Any) -> "Blueprint"
     """The engine that `vllm serve MODEL --attention-backend infllm` with these options would start, not started.
 
     Raises:
-        CommandError: with vLLM's or InfLLM's message where startup would be refused.
+        UsageError: with vLLM's or InfLLM's message where startup would be refused.
     """
-    from vllm.engine.arg_utils import EngineArgs
-
-    from vllm_infllm.tools import blueprint
-
     check_model(model)
     additional = {KEY: infllm}
     with quiet_vllm():
+        from vllm.engine.arg_utils import EngineArgs
+
+        from vllm_infllm.tools import blueprint
+
         try:
             return blueprint.draw(
                 EngineArgs(model=model, attention_backend="infllm", additional_config=additional, **options)
             )
         except (ValueError, OSError) as error:
-            raise CommandError(_reason(error)) from error
+            raise UsageError(_reason(error)) from error
 
 
 def trained_length(model: str) -> int:
     """Tokens that a model was trained for, as vLLM derives them.
 
     Raises:
-        CommandError: if it cannot be read.
+        UsageError: if it cannot be read.
     """
-    from vllm.engine.arg_utils import EngineArgs
-
     check_model(model)
     with quiet_vllm():
+        from vllm.engine.arg_utils import EngineArgs
+
         try:
             return EngineArgs(model=model).create_model_config().max_model_len
         except (ValueError, OSError) as error:
-            raise CommandError(_reason(error)) from error
+            raise UsageError(_reason(error)) from error
 
 
 @contextlib.contextmanager
 def quiet_vllm() -> Iterator[None]:
-    """Without the progress that vLLM logs to standard output, unless VLLM_LOGGING_LEVEL asks for it."""
+    """Without what vLLM logs of its progress, and as it is imported, unless VLLM_LOGGING_LEVEL asks for it."""
     from vllm.logger import init_logger
 
     logger = init_logger("vllm")
@@ -139,11 +139,11 @@ def check_model(model: str) -> None:
     """Say that a folder is missing before a model hub is asked for it.
 
     Raises:
-        CommandError: if `model` is a path, and no model is there.
+        UsageError: if `model` is a path, and no model is there.
     """
     looks_like_path = model.startswith((os.sep, ".", "~")) or Path(model).exists()
     if looks_like_path and not Path(model, "config.json").is_file():
-        raise CommandError(f"--model {model}: no model is there (config.json is missing): give its folder or name.")
+        raise UsageError(f"--model {model}: no model is there (config.json is missing): give its folder or name.")
 
 
 def _reason(error: Exception) -> str:

@@ -6,7 +6,6 @@ prints the text of the units that were retrieved most.
 
 import argparse
 import importlib
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -20,9 +19,10 @@ from rich.text import Text
 from vllm_infllm.config import DEFAULT_BLOCK_SIZE, InfLLMConfig
 from vllm_infllm.memory.trace import Trace
 from vllm_infllm.plugin import unsupported_vllm
-from vllm_infllm.tools import CommandError
+from vllm_infllm.tools import CommandError, UsageError
 from vllm_infllm.tools.demo_worker import Job
 from vllm_infllm.tools.model import demo_dtype, demo_model
+from vllm_infllm.tools.sides import load_tokenizer
 from vllm_infllm.tools.worker_process import json_lines
 
 WORKER = "vllm_infllm.tools.explain_worker"
@@ -48,11 +48,11 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     heatmap = _heatmap()
     model = args.model or str(demo_model())
-    tokenizer = _tokenizer(model)
+    tokenizer = load_tokenizer(model)
     prompt = tokenizer.encode(_read(args.prompt_file))
     computed = len(prompt) + args.max_tokens - 1
     if not InfLLMConfig(n_local=args.n_local).geometry.sealed_units(computed - 1):
-        raise CommandError(
+        raise UsageError(
             f"--prompt-file {args.prompt_file} has {len(prompt)} tokens, and with --n-local {args.n_local} nothing "
             "leaves the window that could be retrieved: give a longer text or lower --n-local."
         )
@@ -98,13 +98,13 @@ def _check(args: argparse.Namespace) -> None:
     for flag in ("max_tokens", "n_local", "topk", "most"):
         value = getattr(args, flag)
         if value < 1:
-            raise CommandError(f"--{flag.replace('_', '-')} {value}: give 1 or more.")
+            raise UsageError(f"--{flag.replace('_', '-')} {value}: give 1 or more.")
     if args.n_local % DEFAULT_BLOCK_SIZE:
-        raise CommandError(f"--n-local {args.n_local}: give a multiple of {DEFAULT_BLOCK_SIZE}, the tokens of a unit.")
+        raise UsageError(f"--n-local {args.n_local}: give a multiple of {DEFAULT_BLOCK_SIZE}, the tokens of a unit.")
     if not args.output.absolute().parent.is_dir():
-        raise CommandError(f"--output {args.output}: there is no folder {args.output.absolute().parent}.")
+        raise UsageError(f"--output {args.output}: there is no folder {args.output.absolute().parent}.")
     if args.output.suffix != ".png":
-        raise CommandError(f"--output {args.output}: give a name that ends with .png.")
+        raise UsageError(f"--output {args.output}: give a name that ends with .png.")
 
 
 def _heatmap() -> ModuleType:
@@ -119,16 +119,7 @@ def _read(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise CommandError(f"--prompt-file {file}: {error}") from error
-
-
-def _tokenizer(model: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model, model_max_length=sys.maxsize)
-    except (OSError, ValueError) as error:
-        raise CommandError(f"--model {model}: {error}") from error
+        raise UsageError(f"--prompt-file {file}: {error}") from error
 
 
 def _ask(job: Job, console: Console) -> dict[str, Any]:

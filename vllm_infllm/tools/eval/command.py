@@ -35,6 +35,13 @@ TASK_HELP = (
     f"{', '.join(tasks.harness.NAMES)}"
 )
 DEMO_INFLLM = {"n_local": 1024, "topk": 8}
+FLAGS = {
+    "model": "--model",
+    "max_model_len": "--max-model-len",
+    "attention_backend": "--backends",
+    "additional_config": "--infllm",
+}
+"""Arguments of vllm.LLM that have a flag: what is checked of them would not hold if --engine had the last word."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,10 +88,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Ask what was not asked yet; print tables, draw pictures."""
     evaluation = _prepare(args)
-    results = Results(args.output, evaluation.settings)
     console = Console()
-    for backend, answering in evaluation.answering.items():
-        _ask(backend, answering, evaluation, results, console)
+    with Results(args.output, evaluation.settings) as results:
+        for backend, answering in evaluation.answering.items():
+            _ask(backend, answering, evaluation, results, console)
     wanted = [(backend, point.id) for backend in evaluation.answering for point in evaluation.points]
     records = [results.records[key] for key in wanted]
 
@@ -119,6 +126,8 @@ def _prepare(args: argparse.Namespace) -> Evaluation:
     """Check everything that can be checked before something is started or written."""
     chosen = {name: tasks.find(name, args.haystack) for name in args.tasks}
     lengths = _lengths(args.lengths)
+    if fixed := FLAGS.keys() & args.engine.keys():
+        raise UsageError(f"--engine: give {', '.join(f'{FLAGS[name]} instead of {name}' for name in sorted(fixed))}")
     if not args.base_url and (unsupported := unsupported_vllm()):
         raise CommandError(unsupported)
     if missing := [name for name in ("matplotlib", "openai") if not find_spec(name)]:

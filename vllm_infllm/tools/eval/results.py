@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -38,7 +39,8 @@ class Record:
 class Results:
     """Records of a folder, by backend and sample; every one is on the disk before the next sample's is.
 
-    The folder is this run's alone for as long as the object lives.
+    The folder is this run's alone for as long as the object lives. As a context manager it leaves nothing of a run
+    that ended before its first answer, whose settings may have been wrong.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
@@ -49,6 +51,7 @@ class Results:
         """
         self.folder = folder
         written = folder / "settings.json"
+        self._made = [path for path in (folder, *folder.parents) if not path.exists()]
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if written.exists():
@@ -66,6 +69,18 @@ class Results:
             raise UsageError(f"--output {folder}: {error.strerror}") from error
         except (ValueError, TypeError) as error:
             raise UsageError(f"--output {folder}: not results of this version ({error})") from error
+
+    def __enter__(self) -> "Results":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.records:
+            return
+        for name in ("settings.json", "results.jsonl"):
+            (self.folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # somebody else has put something there
+            for path in self._made:
+                path.rmdir()
 
     def has(self, backend: str, sample: str) -> bool:
         return (backend, sample) in self.records
