@@ -17,6 +17,7 @@ from vllm_infllm.tools import cli
 from vllm_infllm.tools.eval import pictures, report
 from vllm_infllm.tools.eval.command import DEMO_INFLLM
 from vllm_infllm.tools.eval.results import Record
+from vllm_infllm.tools.eval.tasks import TASKS
 from vllm_infllm.tools.tables import Table
 
 Options = Mapping[str, int]
@@ -37,12 +38,16 @@ VARIANTS: dict[str, tuple[str, Options, Options]] = {
 TEXTS = {"grass": "passkey", "plays": "passkey-plain", "manual": "passkey-plain"}
 """By haystack, the wording that stock attention answers in it."""
 PICTURED = ("full", "streaming", "infllm", "infllm-peak", "infllm-peak-last")
+UNPICTURED = ("tasks",)
+"""Runs of which a table says all: one depth, one length."""
 TIMED = ("grass",)
 """Runs that had a machine to themselves; scores do not depend on it."""
 FIRST = ("--backends", "full,infllm,infllm-peak,infllm-peak-last")
 """What tells most."""
 INTERIOR = "0.25,0.5,0.75"
 """Where at 4K and beyond the needle is neither initial nor in the window: there a rule decides."""
+ELSEWHERE = ("passkey", "passkey-plain", "perplexity")
+"""Tasks that have runs of their own."""
 
 
 def keys(text: str, *more: str, infllm: Options = UNCHANGED, vllm: Options = UNCHANGED) -> list[str]:
@@ -50,12 +55,12 @@ def keys(text: str, *more: str, infllm: Options = UNCHANGED, vllm: Options = UNC
     return [TEXTS[text], *configured(text, *more, infllm=infllm, vllm=vllm)]
 
 
-def configured(text: str, *more: str, infllm: Options = UNCHANGED, vllm: Options = UNCHANGED) -> list[str]:
-    """Arguments for any task; float32, which is the same on every machine."""
+def configured(text: str | None, *more: str, infllm: Options = UNCHANGED, vllm: Options = UNCHANGED) -> list[str]:
+    """Arguments for any task, in each benchmark's own text if none is named; float32, the same on every machine."""
     engine = {"dtype": "float32", **vllm}
+    haystack = ["--haystack", text] if text else []
     return [
-        "--haystack",
-        text,
+        *haystack,
         "--infllm",
         json.dumps({**DEMO_INFLLM, **infllm}),
         "--engine",
@@ -78,7 +83,11 @@ def _rules(text: str) -> list[list[str]]:
 
 RUNS: dict[str, list[list[str]]] = {
     # Folder: invocations, each of which adds to what the earlier ones left.
-    **{f"rules/{text}": _rules(text) for text in ("plays", "manual", "grass")},
+    **{f"rules/{text}": _rules(text) for text in ("plays", "grass")},
+    "rules/manual": [
+        *_rules("manual"),
+        keys("manual", "--lengths", "32k,64k", "--depths", "0.5", "--backends", "infllm-peak-last,infllm"),
+    ],
     **{
         f"{name}/{text}": [
             keys(text, "--lengths", "8k", "--depths", INTERIOR, infllm=infllm, vllm=vllm),
@@ -101,6 +110,14 @@ RUNS: dict[str, list[list[str]]] = {
         keys("grass", "--lengths", "4k,8k,16k,32k,64k", "--depths", INTERIOR, "--backends", "infllm,streaming"),
         keys("grass", "--lengths", "4k,8k,16k", "--depths", INTERIOR, "--backends", "full"),
         keys("grass", "--lengths", "32k,64k", "--depths", "0.5", "--backends", "full"),
+        keys("grass", "--lengths", "4k,8k,16k,32k,64k", "--depths", INTERIOR, "--backends", "infllm-peak-last"),
+    ],
+    "tasks": [
+        [
+            *(task for task in TASKS if task not in ELSEWHERE),
+            *configured(None, "--lengths", "4k", "--depths", "0.5", "--samples", "2"),
+            *("--backends", "full,streaming,infllm,infllm-peak-last"),
+        ],
     ],
 }
 
@@ -143,7 +160,7 @@ def write_tables() -> None:
     }
     for page, sections in pages.items():
         page.write_text(fill_in(page.read_text(), sections))
-    for section in results:
+    for section in results.keys() - set(UNPICTURED):
         pictured = [record for record in found[shown[section]] if record.backend in PICTURED]
         pictures.draw(pictured, DOCS / shown[section])
 

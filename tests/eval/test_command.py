@@ -20,7 +20,7 @@ from vllm_infllm.tools import UsageError, cli
 from vllm_infllm.tools.eval import answers, report
 from vllm_infllm.tools.eval.results import Record, Results
 from vllm_infllm.tools.model import demo_model
-from vllm_infllm.tools.sides import load_tokenizer
+from vllm_infllm.tools.sides import BACKENDS, load_tokenizer
 
 pictures = pytest.importorskip("vllm_infllm.tools.eval.pictures")
 ROOT = Path(__file__).parents[2]
@@ -287,6 +287,11 @@ def test_a_server_of_another_kind_is_named(tmp_path: Path, capsys: pytest.Captur
         port = closed.getsockname()[1]
     message = refused(["passkey", "--base-url", f"http://127.0.0.1:{port}/v1"], capsys)
     assert f"--base-url http://127.0.0.1:{port}/v1: Connection error." in message
+
+
+def test_every_backend_has_a_line_of_its_own() -> None:
+    styles = [tuple(pictures._style(backend).items()) for backend in (*BACKENDS, "my server")]
+    assert len(set(styles)) == len(BACKENDS) + 1
 
 
 def record(length: int, depth: float | None, score: float | None, nll: list[float] | None = None) -> Record:

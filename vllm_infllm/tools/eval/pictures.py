@@ -1,7 +1,7 @@
 """The pictures of an evaluation: needle heat maps, score against length, perplexity against position."""
 
 from collections.abc import Sequence
-from math import exp
+from math import exp, isnan
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -13,8 +13,10 @@ from matplotlib import pyplot
 
 from vllm_infllm.tools.eval.results import Record
 from vllm_infllm.tools.eval.tasks.perplexity import BIN
+from vllm_infllm.tools.sides import BACKENDS
 
 COLORS = {"infllm": "tab:blue", "streaming": "tab:orange", "full": "tab:gray", "server": "tab:green"}
+RULE_COLORS = ("tab:brown", "tab:olive", "tab:pink", "tab:cyan", "tab:red", "tab:purple", "black")
 
 
 def draw(records: Sequence[Record], folder: Path) -> list[Path]:
@@ -55,7 +57,8 @@ def _heat_map(records: Sequence[Record], file: Path) -> Path:
     axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f}%" for depth in depths])
     for y, row in enumerate(cells):
         for x, score in enumerate(row):
-            axes.text(x, y, f"{100 * score:.0f}", ha="center", va="center")
+            if not isnan(score):
+                axes.text(x, y, f"{100 * score:.0f}", ha="center", va="center")
     axes.set_xlabel("tokens")
     axes.set_ylabel("depth of the needle")
     axes.set_title(f"{records[0].task}, {records[0].backend}")
@@ -71,7 +74,7 @@ def _lengths(records: Sequence[Record], file: Path) -> Path:
             100 * mean(r.score for r in records if (r.backend, r.length) == (backend, length) and r.score is not None)
             for length in lengths
         ]
-        axes.plot(lengths, means, marker="o", label=backend, color=COLORS.get(backend))
+        axes.plot(lengths, means, marker="o", label=backend, **_style(backend))
     axes.set_xscale("log", base=2)
     ticks = sorted({record.length for record in records})
     axes.set_xticks(ticks, [_tokens(length) for length in ticks])
@@ -92,12 +95,20 @@ def _perplexity(records: Sequence[Record], file: Path) -> Path:
         curves = [r.nll for r in records if r.backend == backend and r.length == longest and r.nll]
         points = [exp(mean(values)) for values in zip(*curves, strict=True)]
         positions = [(i + 0.5) * BIN for i in range(len(points))]
-        axes.plot(positions, points, label=backend, color=COLORS.get(backend))
+        axes.plot(positions, points, label=backend, **_style(backend))
     axes.set_xlabel("position, tokens")
     axes.set_ylabel("perplexity")
     axes.grid(alpha=0.3)
     axes.legend()
     return _save(figure, file)
+
+
+def _style(backend: str) -> dict[str, str]:
+    """A color of its own; selection rules are dashed, so that what lies under them can be seen."""
+    rules = [name for name in BACKENDS if name.startswith("infllm-")]
+    if backend in rules:
+        return {"color": RULE_COLORS[rules.index(backend) % len(RULE_COLORS)], "linestyle": "--"}
+    return {"color": COLORS.get(backend, COLORS["server"])}
 
 
 def _tokens(length: int) -> str:
