@@ -58,4 +58,5 @@ def load_tokenizer(model: str) -> Any:
         return AutoTokenizer.from_pretrained(model, model_max_length=sys.maxsize)
     except (OSError, ValueError) as error:
         # Of several lines the first says what is wrong, the others what a user of the hub may do.
-        raise UsageError(f"--model {model}: {str(error).splitlines()[0]}") from error
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"--model {model}: {reason}") from error
