@@ -1,5 +1,6 @@
 """`vllm-infllm bench`: what it computes from figures, and how it drives vLLM's commands (here a stand-in for them)."""
 
+import io
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+from rich.console import Console
 
 from tests import fake_vllm, tiny_models
 from vllm_infllm.tools import bench_report, bench_run, cli, server
@@ -113,6 +115,16 @@ def test_crossovers_by_hand(record: dict[str, Any]) -> None:
     assert crossovers(record, TPOT) == {1: pytest.approx(1024 * 4**0.24353, rel=1e-4)}
 
 
+def test_no_figure_is_cut_off_in_a_narrow_terminal(record: dict[str, Any]) -> None:
+    for sample_ in record["samples"]:
+        sample_["tokens_per_s"] *= 1000
+    console = Console(width=80, file=io.StringIO())
+    for table in tables(record):
+        console.print(table.rich())
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "1,024,000.00" in shown and "…" not in shown
+
+
 @pytest.mark.parametrize(
     ("gains", "expected"),
     [
@@ -129,9 +141,11 @@ def test_a_crossover_holds_for_all_longer_prompts(gains: dict[int, float], expec
 
 
 def test_tables_show_medians_in_their_units(record: dict[str, Any]) -> None:
-    speed, memory = tables(record)
-    assert speed.rows[0] == ["1,024", *("1.00", "2.00", "0.50 (0.25 to 0.75)"), *("40.00", "50.00"), *speed.rows[0][6:]]
-    assert speed.rows[0][6:8] == ["0.80 (0.80 to 0.80)", "1,024.00"]
+    ttft, tpot, throughput, memory = tables(record)
+    assert ttft.title == "time to first token, s; requests at once: 1"
+    assert ttft.rows[0] == ["1,024", "1.00", "2.00", "0.50 (0.25 to 0.75)"]
+    assert tpot.rows[0] == ["1,024", "40.00", "50.00", "0.80 (0.80 to 0.80)"]
+    assert throughput.rows[0][:2] == ["1,024", "1,024.00"]
     assert memory.rows[1] == ["4,096 x 1", "4.00", "4.00", "4.00", "4.00"]  # GiB: 4,096 MiB, 4,096 tokens of 1 MiB
 
 

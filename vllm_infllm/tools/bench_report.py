@@ -116,9 +116,9 @@ def crossovers(record: Record, metric: Metric) -> dict[int, float | None]:
 
 
 def tables(record: Record) -> list[Table]:
-    """One a concurrency, and the memory of all."""
+    """One a metric and concurrency, narrow enough for any terminal, and the memory of all."""
     lengths, concurrencies = grid(record)
-    found = [_speed(record, lengths, c) for c in concurrencies]
+    found = [_speed(record, metric, lengths, c) for metric in measured_metrics(record) for c in concurrencies]
     return [*found, _memory(record, lengths, concurrencies)] if _has_memory(record) else found
 
 
@@ -127,18 +127,14 @@ def _has_memory(record: Record) -> bool:
     return any(RESIDENT.field in sample for sample in record["samples"])
 
 
-def _speed(record: Record, lengths: Sequence[int], concurrency: int) -> Table:
-    header = ["prompt tokens"]
-    for metric in measured_metrics(record):
-        header += [f"{metric.title}: stock", "infllm", "gain (spread)"]
+def _speed(record: Record, metric: Metric, lengths: Sequence[int], concurrency: int) -> Table:
     rows = []
     for length in lengths:
-        row = [f"{length:,}"]
-        for metric in measured_metrics(record):
-            row += [f"{median(values(record, metric, side, length, concurrency)):,.2f}" for side in ("stock", "infllm")]
-            row.append(str(gain(record, metric, length, concurrency)))
-        rows.append(row)
-    return Table(f"Requests at once: {concurrency}", header, rows)
+        medians = (median(values(record, metric, side, length, concurrency)) for side in ("stock", "infllm"))
+        figures = [f"{figure:,.2f}" for figure in medians]
+        rows.append([f"{length:,}", *figures, str(gain(record, metric, length, concurrency))])
+    header = ["prompt tokens", "stock", "infllm", "gain (spread)"]
+    return Table(f"{metric.title}; requests at once: {concurrency}", header, rows)
 
 
 def _memory(record: Record, lengths: Sequence[int], concurrencies: Sequence[int]) -> Table:
