@@ -7,7 +7,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -328,13 +327,14 @@ def test_wrong_input_stops_before_anything_starts(
 ) -> None:
     """A missing model, a folder that is a file, and settings that an engine would refuse: one line, nothing written."""
     (tmp_path / "file").touch()
-    refused: dict[str, Callable[[], list[str]]] = {
-        "--model /nowhere: no model is there": lambda: command("/nowhere", tmp_path / "out"),
-        f"--output {tmp_path / 'file'} cannot be written": lambda: command(model, tmp_path / "file"),
-        "n_local=100 is not a multiple": lambda: [*command(model, tmp_path / "out"), "--infllm", '{"n_local": 100}'],
+    out = tmp_path / "out"
+    refused: dict[str, tuple[int, list[str]]] = {
+        "--model /nowhere: no model is there": (2, command("/nowhere", out)),
+        f"--output {tmp_path / 'file'} cannot be written": (2, command(model, tmp_path / "file")),
+        "n_local=100 is not a multiple": (1, [*command(model, out), "--infllm", '{"n_local": 100}']),
     }
-    for said, arguments in refused.items():
-        assert cli.main(arguments()) == 2
+    for said, (status, arguments) in refused.items():
+        assert cli.main(arguments) == status
         (line,) = capsys.readouterr().err.splitlines()
         assert said in line
-    assert not (vllm / "calls").exists() and not (tmp_path / "out").exists()
+    assert not (vllm / "calls").exists() and not out.exists()

@@ -123,5 +123,5 @@ def test_options_of_an_engine_need_a_model(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_a_missing_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor(str(tmp_path / "none")) == 1
+    assert doctor(str(tmp_path / "none")) == 2
     assert f"--model {tmp_path / 'none'}: no model is there" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm_infllm.config import KEY
-from vllm_infllm.tools import UsageError
+from vllm_infllm.tools import CommandError, UsageError
 
 if TYPE_CHECKING:
     from vllm_infllm.tools.blueprint import Blueprint
@@ -87,7 +87,7 @@ def blueprint(model: str, infllm: dict[str, Any], **options: Any) -> "Blueprint"
     """The engine that `vllm serve MODEL --attention-backend infllm` with these options would start, not started.
 
     Raises:
-        UsageError: with vLLM's or InfLLM's message where startup would be refused.
+        CommandError: with vLLM's or InfLLM's message where startup would be refused.
     """
     check_model(model)
     additional = {KEY: infllm}
@@ -101,14 +101,14 @@ def blueprint(model: str, infllm: dict[str, Any], **options: Any) -> "Blueprint"
                 EngineArgs(model=model, attention_backend="infllm", additional_config=additional, **options)
             )
         except (ValueError, OSError) as error:
-            raise UsageError(_reason(error)) from error
+            raise CommandError(_reason(error)) from error
 
 
 def trained_length(model: str) -> int:
     """Tokens that a model was trained for, as vLLM derives them.
 
     Raises:
-        UsageError: if it cannot be read.
+        CommandError: if it cannot be read.
     """
     check_model(model)
     with quiet_vllm():
@@ -117,7 +117,7 @@ def trained_length(model: str) -> int:
         try:
             return EngineArgs(model=model).create_model_config().max_model_len
         except (ValueError, OSError) as error:
-            raise UsageError(_reason(error)) from error
+            raise CommandError(_reason(error)) from error
 
 
 @contextlib.contextmanager
