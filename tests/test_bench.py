@@ -117,11 +117,10 @@ def test_crossovers_by_hand(record: dict[str, Any]) -> None:
 def test_no_figure_is_cut_off_in_a_narrow_terminal(record: dict[str, Any]) -> None:
     for sample_ in record["samples"]:
         sample_["tokens_per_s"] *= 1000
-    console = Console(width=80, file=io.StringIO())
+    shown = io.StringIO()
     for table in tables(record):
-        console.print(table.rich())
-    shown = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "1,024,000.00" in shown and "…" not in shown
+        Console(width=80, file=shown).print(table.rich())
+    assert "1,024,000.00" in shown.getvalue() and "…" not in shown.getvalue()
 
 
 @pytest.mark.parametrize(
