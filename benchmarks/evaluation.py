@@ -86,7 +86,8 @@ RUNS: dict[str, list[list[str]]] = {
     **{f"rules/{text}": _rules(text) for text in ("plays", "grass")},
     "rules/manual": [
         *_rules("manual"),
-        keys("manual", "--lengths", "32k,64k", "--depths", "0.5", "--backends", "infllm-peak-last,infllm"),
+        # Stock attention takes longest and comes last.
+        keys("manual", "--lengths", "32k,64k", "--depths", "0.5", "--backends", ",".join(reversed(RULE_ROWS))),
     ],
     **{
         f"{name}/{text}": [
