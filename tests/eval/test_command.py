@@ -299,10 +299,21 @@ def record(length: int, depth: float | None, score: float | None, nll: list[floa
     return Record("t", "infllm", length, depth, sample, length, "", [], {}, 2.0, 1.0, score, nll)
 
 
-def test_numbers_of_tables_and_pictures_by_hand() -> None:
+def test_numbers_of_tables_and_pictures_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records = [record(1024, 0.0, 1.0), record(1024, 0.0, 0.0), record(1024, 1.0, 1.0), record(2048, 1.0, 0.25)]
     lengths, depths, cells = pictures.grid(records)
     assert (lengths, depths) == ([1024, 2048], [0.0, 1.0])
     assert cells[0][0] == 0.5 and cells[0][1] != cells[0][1] and cells[1] == [1.0, 0.25]
     assert report.scores(records).rows == [["t, infllm", "66.7 (3)", "25.0 (1)"]]
     assert report.scores([record(512, None, None, [0.0, 2.0])]).rows == [["t, infllm", "2.72"]]
+
+    written: dict[str, list[str]] = {}
+    really_save = pictures._save
+
+    def save(figure: Any, file: Path) -> Path:
+        written[file.name] = [text.get_text() for text in figure.axes[0].texts]
+        return really_save(figure, file)
+
+    monkeypatch.setattr(pictures, "_save", save)
+    pictures.draw(records, tmp_path)
+    assert written["t-infllm.png"] == ["50", "100", "25"], "a cell without an answer is left empty"
